@@ -1,0 +1,292 @@
+"""All that a plugin author imports.
+
+A plugin module imports this module, torch, megatron and its own kernels, and nothing else of
+sinkbench. This module does not import torch, so that plugins can be listed in no time: import torch
+inside ``build`` (or in the module that ``build`` imports), not beside the ``Plugin`` declaration.
+
+Shape suffixes: b sequence of the batch, s position, h head, q query position, k key position,
+d head size, n hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import pluggy
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from sinkbench.config import Config
+
+__all__ = [
+    "KINDS",
+    "PROJECT",
+    "AttentionSpec",
+    "Batch",
+    "BuildContext",
+    "Elementwise",
+    "LayerCapture",
+    "LossSpec",
+    "Metric",
+    "NormalizationSpec",
+    "Observation",
+    "ParameterSpec",
+    "Params",
+    "Plugin",
+    "PositionalSpec",
+    "Rotary",
+    "Rows",
+    "Softmax",
+    "WeightRule",
+    "hookimpl",
+]
+
+PROJECT = "sinkbench"
+"""The pluggy project name and the entry-point group."""
+
+KINDS = ("attention", "normalization", "positional", "loss", "data_transform", "metric")
+
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Params(BaseModel):
+    """Base class of a plugin's parameters: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildContext:
+    """What a plugin may know of the model it is built into. Sizes are those of the whole model,
+    never of one rank: the core shards what a plugin declares."""
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    seq_length: int
+    vocab_size: int
+    config: Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """One variant, registered by a hook.
+
+    Attributes:
+        name: the name a recipe uses; unique within its kind.
+        summary: one line for ``sinkbench plugins list``.
+        build: called with the validated parameters and the model's sizes; what it returns depends on
+            the kind (AttentionSpec, NormalizationSpec, PositionalSpec, LossSpec, a batch transform,
+            a Metric).
+        params: the pydantic model of the parameters.
+        provides: capabilities such as "tp", "cp", "cpu" that others may require.
+        requires: capabilities that another part of the recipe must provide.
+        check: returns the problems of a recipe that uses this plugin, one line each.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[Any, BuildContext], object]
+    params: type[Params] = Params
+    provides: frozenset[str] = frozenset()
+    requires: frozenset[str] = frozenset()
+    check: Callable[[Any, Config], list[str]] | None = None
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterSpec:
+    """A learned parameter that a plugin declares.
+
+    Attributes:
+        shape: sizes, or the names "heads", "kv_heads", "head_size", "hidden". The core splits a
+            leading "heads" or "kv_heads" over tensor-parallel ranks and replicates the rest.
+        mean: mean of the initial value.
+        std: standard deviation of the normal initial value; 0 gives a constant.
+    """
+
+    shape: tuple[int | str, ...]
+    mean: float = 0.0
+    std: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Softmax:
+    """A = exp(s) / (sum exp(s) + exp(sink_logit)), over the keys a query may see.
+
+    Attributes:
+        sink_logit: None for the plain softmax; 0 for off-by-one; the name of a declared parameter of
+            shape ("heads",) for a learned sink.
+    """
+
+    sink_logit: float | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Elementwise:
+    """A = f(s) M, or A = f(s) M / (sum f(s) M + eps), with M the 0/1 mask, applied after f
+    (Gu et al. 2410.10781).
+
+    Attributes:
+        function: f in plain torch, elementwise, float32 in and out.
+        normalize: divide each row by its sum + eps.
+        eps: the normaliser's constant.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    normalize: bool = False
+    eps: float = 1e-8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Any rule that needs whole rows.
+
+    Attributes:
+        function: (score_bhqk float32, allowed bool broadcastable to it) -> weights of the same
+            shape, zero where not allowed.
+    """
+
+    function: Callable[[Tensor, Tensor], Tensor]
+
+
+WeightRule: TypeAlias = Softmax | Elementwise | Rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec:
+    """The declaration of an attention variant: O = A V with A = rule(scale q.k + bias).
+
+    The core makes from it the megatron module, the choice of kernel and the measured weights; the
+    one truth is the plain-torch reference ``sinkbench.attention.reference``.
+
+    Attributes:
+        rule: how a row of scores becomes a row of weights.
+        parameters: learned parameters by name.
+        scale: factor on q.k; None means 1/sqrt(head_size).
+        score_bias: a constant added to every score, or the name of a declared parameter of shape
+            ("heads",).
+        window: a query sees this many newest keys, itself included; None means all.
+    """
+
+    rule: WeightRule
+    parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
+    scale: float | None = None
+    score_bias: float | str | None = None
+    window: int | None = None
+
+
+# --- normalization and position -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalizationSpec:
+    """Where norms sit and how one is made.
+
+    Attributes:
+        norm: size -> module that normalises the last dimension of [..., size]; its parameters have
+            shape [size].
+        location: "pre" norms the input of each sublayer and the end of the stack.
+    """
+
+    norm: Callable[[int], torch.nn.Module]
+    location: Literal["pre"] = "pre"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rotary:
+    """Rotary embedding of q and k (Su et al. 2104.09864), halves rotated as in GPT-NeoX.
+
+    Attributes:
+        base: theta of the frequencies base^(-2i/d).
+        fraction: the leading share of the head size that is rotated.
+    """
+
+    base: float = 10000.0
+    fraction: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionalSpec:
+    """Any of the places where a model can learn of positions.
+
+    Attributes:
+        embedding: makes a module position_ids_s int64 -> [s, n], added to the token embeddings.
+        rotary: rotary settings for q and k.
+    """
+
+    embedding: Callable[[], torch.nn.Module] | None = None
+    rotary: Rotary | None = None
+
+
+# --- loss and data ------------------------------------------------------------------------------
+
+Batch: TypeAlias = "dict[str, Tensor]"
+"""tokens_bs int64. A data source gives s = seq_length + 1 tokens; a loss's transform gives
+``tokens`` and ``targets`` of seq_length, and ``weights`` float32 of the same shape. Other entries
+(such as ``trigger_bs`` of Bigram-Backcopy) ride along."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """The token loss: sum(weights * cross entropy) / sum(weights) over the global batch.
+
+    Attributes:
+        transform: Batch with tokens [b, seq_length + 1] -> Batch with tokens, targets, weights.
+        z_loss: factor on log(Z)^2 (0 turns it off).
+    """
+
+    transform: Callable[[Batch], Batch]
+    z_loss: float = 0.0
+
+
+# --- measurement --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCapture:
+    """What one layer did on a batch of probe sequences: all heads, all positions, one pipeline
+    stage's layer, whatever the parallel layout. Tensors are float32 on the model's device.
+
+    Attributes:
+        layer: number of the layer, from 1.
+        weights_bhqk: attention weights A as the model used them; zero where masked.
+        query_bhsd, key_bhsd, value_bhsd: after rotary; keys and values one per kv head.
+        input_bsn, output_bsn: the residual stream before and after the layer.
+        batch: the probe batch (tokens_bs, and what the data source added).
+    """
+
+    layer: int
+    weights_bhqk: Tensor
+    query_bhsd: Tensor
+    key_bhsd: Tensor
+    value_bhsd: Tensor
+    input_bsn: Tensor
+    output_bsn: Tensor
+    batch: Batch
+
+
+Observation: TypeAlias = "dict[str, Tensor]"
+
+
+class Metric(Protocol):
+    """A measurement, stateless so that layers may live on different pipeline stages.
+
+    ``observe`` reduces one layer's capture to small tensors whose first dimension is the sequence;
+    the core concatenates batches and gathers layers. ``result`` gets one such dict per layer, in
+    order, and returns floats (which go to metrics.jsonl) or nested lists of floats (per layer, per
+    head; which go to the run's measure folder).
+    """
+
+    def observe(self, capture: LayerCapture) -> Observation: ...
+
+    def result(self, layers: Sequence[Observation]) -> dict[str, float | list[Any]]: ...

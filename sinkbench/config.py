@@ -1,0 +1,362 @@
+"""The validated form of a recipe: one pydantic model per section.
+
+A section checks what can be said of itself; what concerns several sections is in ``Config``. What a
+plugin requires is checked where plugins are resolved (plugins.py). Sizes are of the whole model and
+of the whole job, never of one rank.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+VOCAB_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this, as in the paper, whatever the parallel layout."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class PluginRef(Section):
+    """A plugin by name with its parameters: ``name`` or ``{name: ..., parameter: value}``.
+    Parameters are validated by the plugin itself when it is resolved."""
+
+    name: str = Field(min_length=1)
+    params: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, dict) and "params" not in value:
+            return {
+                "name": value.get("name", ""),
+                "params": {k: v for k, v in value.items() if k != "name"},
+            }
+        return value
+
+
+class ModelConfig(Section):
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt | None = None
+    """kv heads; default: as many as attention heads."""
+    head_size: PositiveInt | None = None
+    """default: hidden_size / num_attention_heads."""
+    ffn: Literal["swiglu", "geglu", "reglu", "swish", "gelu", "relu", "none"] = "swiglu"
+    ffn_hidden_size: PositiveInt | None = None
+    """width of the feed-forward block; needed unless ffn is none."""
+    seq_length: PositiveInt
+    vocab_size: PositiveInt | None = None
+    """before padding to a multiple of 64; default: that of the data."""
+    attention: PluginRef = PluginRef(name="softmax")
+    normalization: PluginRef = PluginRef(name="rmsnorm")
+    positional: PluginRef = PluginRef(name="rope")
+    init: Literal["paper", "normal"] = "paper"
+    init_std: PositiveFloat = 0.02
+    """standard deviation when init is normal."""
+    tie_embeddings: bool = False
+    backend: Literal["auto", "eager", "sdpa"] = "auto"
+    """attention implementation; auto takes the fastest that can do the job."""
+    megatron: dict[str, Any] = {}
+    """further fields of megatron's TransformerConfig, checked."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.head_size is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads "
+                f"{self.num_attention_heads}; change one of them or set head_size"
+            )
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_query_groups {self.kv_heads}; change one of them"
+            )
+        if self.ffn != "none" and self.ffn_hidden_size is None:
+            raise ValueError(f"ffn_hidden_size is missing for ffn {self.ffn}; set it, or ffn: none")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_size or self.hidden_size // self.num_attention_heads
+
+
+class BigramBackcopyConfig(Section):
+    """The Bigram-Backcopy task (Guo et al. 2410.13835), drawn afresh, deterministic by seed."""
+
+    source: Literal["bigram_backcopy"]
+    vocab_size: Annotated[int, Field(ge=8)] = 65
+    """<s> is token 0; the others have a Dirichlet bigram table."""
+    num_triggers: PositiveInt = 3
+    """the most frequent tokens; after one of them the token before it is repeated."""
+    concentration: PositiveFloat = 0.1
+    """of the Dirichlet prior of each bigram row."""
+    seed: NonNegativeInt = 0
+    """of the table; the sequences follow the recipe's seed."""
+    transforms: list[PluginRef] = []
+
+
+class BlendEntry(Section):
+    path: str = Field(min_length=1)
+    """folder written by ``sinkbench data prepare``."""
+    weight: PositiveFloat = 1.0
+
+
+class TokenizerConfig(Section):
+    """Which tokenizer to use, or to train, when data is prepared."""
+
+    path: str | None = None
+    """a SentencePiece .model, a tokenizer.json, or a folder of a Hugging Face tokenizer."""
+    train_vocab_size: Annotated[int, Field(ge=300)] | None = None
+    """train a SentencePiece BPE model with byte fallback of this size on the inputs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerConfig:
+        if (self.path is None) == (self.train_vocab_size is None):
+            raise ValueError("give exactly one of path and train_vocab_size")
+        return self
+
+
+class PrepareConfig(Section):
+    """Inputs that the trainer prepares on first use into a cache folder."""
+
+    inputs: list[str] = Field(min_length=1)
+    """files, folders, or ``python:docs`` / ``python:stdlib`` of the running Python."""
+    tokenizer: TokenizerConfig
+    cache: str = "~/.cache/sinkbench"
+    holdout: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """share of documents kept for validation."""
+
+
+class IndexedConfig(Section):
+    """Token files made by ``sinkbench data prepare`` (megatron IndexedDataset)."""
+
+    source: Literal["indexed"]
+    train: list[BlendEntry] = []
+    validation: dict[str, str] = {}
+    """domain -> prepared folder; default: the held-out split of each train entry."""
+    prepare: PrepareConfig | None = None
+    """instead of train: what to prepare on first use."""
+    transforms: list[PluginRef] = []
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [{"path": value}]
+        if isinstance(value, list):
+            return [{"path": v} if isinstance(v, str) else v for v in value]
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> IndexedConfig:
+        if bool(self.train) == (self.prepare is not None):
+            raise ValueError("give exactly one of train and prepare")
+        return self
+
+
+DataConfig = Annotated[BigramBackcopyConfig | IndexedConfig, Field(discriminator="source")]
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule. Learning-rate changes are per step."""
+
+    lr: PositiveFloat
+    min_lr: NonNegativeFloat | None = None
+    """end of the schedule; default: lr for constant, lr/10 for the others."""
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    warmup_steps: NonNegativeInt = 100
+    decay_steps: PositiveInt | None = None
+    """of wsd: the steps at the end that decay; default: a tenth of the steps."""
+    weight_decay: NonNegativeFloat = 0.1
+    weight_decay_on: Literal["all", "matrices"] = "all"
+    """the paper decays every parameter; matrices leaves out those with one dimension."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    clip_grad: NonNegativeFloat = 1.0
+    """global gradient norm; 0 turns it off."""
+    distributed: bool = True
+    """shard optimizer state over data-parallel ranks."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= b < 1 for b in value):
+            raise ValueError("betas must lie in [0, 1)")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimConfig:
+        if self.end_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}; lower it")
+        return self
+
+    @property
+    def end_lr(self) -> float:
+        if self.schedule == "constant":
+            return self.lr
+        return self.lr / 10 if self.min_lr is None else self.min_lr
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    global_batch_size: PositiveInt
+    """sequences per step."""
+    micro_batch_size: PositiveInt | None = None
+    """sequences per forward; default: one accumulation step if it fits the global batch."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    recompute: Literal["none", "attention", "full"] = "none"
+    """activations computed again in the backward pass."""
+    deterministic: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes CUDA where there is a card."""
+
+
+class ParallelConfig(Section):
+    """Sizes of the parallel groups; data parallel is what remains of the processes."""
+
+    tensor: PositiveInt = 1
+    pipeline: PositiveInt = 1
+    virtual_pipeline: PositiveInt = 1
+    """model chunks per pipeline rank (interleaved schedule)."""
+    context: PositiveInt = 1
+    sequence: bool = False
+    """sequence parallel: shard activations between tensor-parallel regions."""
+    overlap: bool = True
+    """overlap gradient reduction with the backward pass."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.sequence and self.tensor == 1:
+            raise ValueError("sequence: true needs tensor > 1; set tensor, or sequence: false")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            raise ValueError("virtual_pipeline > 1 needs pipeline > 1; set pipeline")
+        return self
+
+    @property
+    def model_size(self) -> int:
+        return self.tensor * self.pipeline * self.context
+
+
+class ValidationConfig(Section):
+    every: NonNegativeInt = 0
+    """steps between validation losses; 0 turns it off. The last step is always validated then."""
+    sequences: PositiveInt = 64
+    """held-out sequences per domain."""
+
+
+class CheckpointConfig(Section):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+
+    every: NonNegativeInt = 0
+    """steps between checkpoints; 0 writes only the last."""
+    keep_last: PositiveInt = 2
+    keep_every: NonNegativeInt = 0
+    """also keep every checkpoint whose step this divides; 0: none."""
+    async_: bool = Field(default=False, alias="async")
+    """write while training goes on."""
+
+
+class MeasureConfig(Section):
+    """The sink probe during training (paper: eps 0.3, 64 tokens, 100 sequences, no BOS)."""
+
+    every: NonNegativeInt = 500
+    """steps between probes; 0 turns them off. First and last step are probed then."""
+    count: PositiveInt = 100
+    length: PositiveInt = 64
+    eps: PositiveFloat = 0.3
+    metrics: list[PluginRef] = [PluginRef(name="sink"), PluginRef(name="norms")]
+
+
+class LogConfig(Section):
+    every: PositiveInt = 10
+    """steps between lines of metrics.jsonl."""
+    progress: bool = True
+    tensorboard: bool = False
+    wandb: WandbConfig | None = None
+
+
+class WandbConfig(Section):
+    project: str = "sinkbench"
+    entity: str | None = None
+    mode: Literal["auto", "online", "offline"] = "auto"
+    """auto is offline without a key."""
+
+
+class Config(Section):
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: str = Field(default="runs", min_length=1)
+    seed: NonNegativeInt = 1234
+    label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")
+    """of a run within a sweep; names its folder."""
+    model: ModelConfig
+    loss: PluginRef = PluginRef(name="causal_lm")
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    validation: ValidationConfig = ValidationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    measure: MeasureConfig = MeasureConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        m, p = self.model, self.parallel
+        for what, size in (
+            ("num_attention_heads", m.num_attention_heads),
+            ("num_query_groups", m.kv_heads),
+            ("ffn_hidden_size", m.ffn_hidden_size if m.ffn != "none" else None),
+        ):
+            if size is not None and size % p.tensor:
+                raise ValueError(
+                    f"model.{what} {size} is not divisible by parallel.tensor {p.tensor}; "
+                    "change one of them"
+                )
+        stages = p.pipeline * p.virtual_pipeline
+        if m.num_layers % stages:
+            raise ValueError(
+                f"model.num_layers {m.num_layers} is not divisible by parallel.pipeline x "
+                f"virtual_pipeline = {stages}; change one of them"
+            )
+        chunks = (2 * p.context if p.context > 1 else 1) * (p.tensor if p.sequence else 1)
+        if m.seq_length % chunks:
+            raise ValueError(
+                f"model.seq_length {m.seq_length} is not divisible by {chunks}, which "
+                "parallel.context and parallel.sequence need; change one of them"
+            )
+        if self.measure.every and self.measure.length > m.seq_length:
+            raise ValueError(
+                f"measure.length {self.measure.length} is above model.seq_length {m.seq_length}; "
+                "lower it"
+            )
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps} is above train.steps "
+                f"{self.train.steps}; lower it"
+            )
+        return self
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The vocabulary size of the model's tables: the next multiple of 64."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
