@@ -238,7 +238,7 @@ Batch: TypeAlias = "dict[str, Tensor]"
 
 @dataclass(frozen=True, kw_only=True)
 class LossSpec:
-    """The token loss: sum(weights * cross entropy) / sum(weights) over the global batch.
+    """The token loss: sum(weights * cross entropy) / (number of weights above 0) over the global batch.
 
     Attributes:
         transform: Batch with tokens [b, seq_length + 1] -> Batch with tokens, targets, weights.
