@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import pluggy
 from pydantic import BaseModel, ConfigDict
 
+from sinkbench.errors import PluginError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -38,6 +40,7 @@ __all__ = [
     "ParameterSpec",
     "Params",
     "Plugin",
+    "PluginError",
     "PositionalSpec",
     "Rotary",
     "Rows",
