@@ -18,6 +18,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -26,7 +27,7 @@ VOCAB_MULTIPLE = 64
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class PluginRef(Section):
@@ -42,11 +43,13 @@ class PluginRef(Section):
         if isinstance(value, str):
             return {"name": value}
         if isinstance(value, dict) and "params" not in value:
-            return {
-                "name": value.get("name", ""),
-                "params": {k: v for k, v in value.items() if k != "name"},
-            }
+            named = {"name": value["name"]} if "name" in value else {}
+            return named | {"params": {k: v for k, v in value.items() if k != "name"}}
         return value
+
+    @model_serializer
+    def _as_written(self) -> dict[str, Any]:
+        return {"name": self.name} | self.params
 
 
 class ModelConfig(Section):
@@ -194,8 +197,6 @@ class OptimConfig(Section):
     eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """global gradient norm; 0 turns it off."""
-    distributed: bool = True
-    """shard optimizer state over data-parallel ranks."""
 
     @field_validator("betas")
     @classmethod
@@ -265,7 +266,7 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
     every: NonNegativeInt = 0
     """steps between checkpoints; 0 writes only the last."""
