@@ -1,0 +1,167 @@
+"""Errors of pydantic in a user's words: which key, what is wrong, what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+Location = Sequence["int | str"]
+
+_REMEDIES = {
+    "bool_type": "write true or false",
+    "dict_type": "write a mapping, {key: value}",
+    "float_type": "write a number",
+    "int_type": "write a whole number",
+    "list_type": "write a list, [a, b]",
+    "model_type": "write a mapping, {key: value}",
+    "string_type": "write a word, in quotes if it looks like a number",
+    "tuple_type": "write a list, [a, b]",
+}
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One error: the dotted key it concerns, relative to what was validated."""
+
+    key: str
+    problem: str
+    remedy: str
+
+
+def explain(
+    error: ValidationError, schema: type[BaseModel], values: Any, also: Iterable[str] = ()
+) -> list[Fault]:
+    """Every error of a validation, the most telling first: wrong keys, then wrong values.
+
+    Args:
+        error: what pydantic raised.
+        schema: the model that was validated.
+        values: the plain values that it was given.
+        also: keys of the top level that the model does not have.
+    """
+    details = sorted(error.errors(include_url=False), key=lambda d: d["type"] != "extra_forbidden")
+    return [_fault(detail, schema, values, also) for detail in details]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The remedy for an unknown word: the most similar known one, or all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"known: {', '.join(known)}" if known else "there is none"
+
+
+def dotted(parts: Location) -> str:
+    """("data", "train", 0, "path") -> data.train[0].path"""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
+    return text.removeprefix(".")
+
+
+def show(value: Any, limit: int = 40) -> str:
+    """A value on one short line, strings in quotes."""
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _fault(detail: ErrorDetails, schema: type[BaseModel], values: Any, also: Iterable[str]) -> Fault:
+    kind, context = detail["type"], detail.get("ctx", {})
+    key = dotted(_written(detail["loc"], values, kind == "missing"))
+    match kind:
+        case "extra_forbidden":
+            *section, word = detail["loc"]
+            more = () if section else also
+            return Fault(key, "unknown key", _known_keys(key, str(word), section, schema, more))
+        case "missing":
+            return Fault(key, "is missing", "set it")
+        case "union_tag_not_found":
+            return Fault(f"{key}.{context['discriminator'].strip(chr(39))}", "is missing", "set it")
+        case "union_tag_invalid":
+            choices = re.findall(r"'(.*?)'", context["expected_tags"])
+            tag = f"{key}.{context['discriminator'].strip(chr(39))}"
+            return Fault(tag, f"{show(context['tag'])} is not known", nearest(str(context["tag"]), choices))
+        case "literal_error":
+            return Fault(key, f"{show(detail['input'])} is not known", f"use {context['expected']}")
+        case "value_error":
+            problem, _, remedy = str(context["error"]).partition("; ")
+            return Fault(key, problem, remedy or "change it")
+    should = detail["msg"].replace("Input should", "should").replace("String should", "should")
+    should = should.replace("valid array", "list").replace("an object", "a mapping")
+    return Fault(key, f"{show(detail['input'])} {should}", _REMEDIES.get(kind, "change it"))
+
+
+def _written(location: Location, values: Any, missing: bool) -> list[int | str]:
+    """The location without what pydantic adds to it, such as the tag of a union's member."""
+    parts: list[int | str] = []
+    for i, part in enumerate(location):
+        known = isinstance(values, dict | list) and (
+            part in values if isinstance(values, dict) else isinstance(part, int) and part < len(values)
+        )
+        if known:
+            values = values[part]
+        elif not (missing and i == len(location) - 1):
+            continue
+        parts.append(part)
+    return parts
+
+
+def _known_keys(key: str, word: str, section: Location, schema: type[BaseModel], also: Iterable[str]) -> str:
+    """The remedy for an unknown key: a near one of its section, or of another."""
+    here = {*_keys(_models_at(section, schema)), *also}
+    if not difflib.get_close_matches(word, here, n=1):
+        elsewhere = {path.split(".")[-1]: path for path in _all_keys(schema, "") if path != key}
+        close = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.8)
+        if close:
+            return f"did you mean {elsewhere[close[0]]}?"
+    return nearest(word, here)
+
+
+def _models_at(section: Location, schema: type[BaseModel]) -> list[type[BaseModel]]:
+    models = [schema]
+    for part in section:
+        if isinstance(part, int):
+            continue
+        fields = [field for model in models for key, field in _fields(model) if key == part]
+        if fields:
+            models = [inner for field in fields for inner in _models_in(field.annotation)]
+        else:
+            models = [model for model in models if part in _tags(model)]
+    return models
+
+
+def _fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        yield field.alias or name, field
+
+
+def _keys(models: Iterable[type[BaseModel]]) -> Iterator[str]:
+    return (key for model in models for key, _ in _fields(model))
+
+
+def _all_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key, field in _fields(model):
+        yield prefix + key
+        for inner in _models_in(field.annotation):
+            yield from _all_keys(inner, f"{prefix}{key}.")
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _tags(model: type[BaseModel]) -> set[Any]:
+    """The values of a model's Literal fields, one of which tells it from others of a union."""
+    literals = (f.annotation for f in model.model_fields.values() if get_origin(f.annotation) is Literal)
+    return {value for literal in literals for value in get_args(literal)}

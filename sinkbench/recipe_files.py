@@ -1,0 +1,77 @@
+"""Where recipes are: paths, names of shipped recipes, and ``package:name`` of plugin packages."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from sinkbench import discovery
+from sinkbench.errors import RecipeError
+from sinkbench.explain import nearest
+
+SHIPPED = "sinkbench"
+"""``sinkbench:demo.yaml`` is the shipped recipe, whatever lies in the working directory."""
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+def find(reference: str | Path, folder: Path | None = None, where: str | None = None) -> Path:
+    """The file that a reference means.
+
+    Args:
+        reference: a path, the name of a shipped recipe, or ``package:name``; the suffix may be left out.
+        folder: where relative paths start; the working directory by default.
+        where: what an error names as the wrong place; the reference by default.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    text = str(reference)
+    package, colon, name = text.partition(":")
+    if colon:
+        roots = recipe_roots()
+        if package not in roots:
+            raise RecipeError(
+                where or text, f"no package {package!r} offers recipes", nearest(package, roots)
+            )
+        candidates, names = _spellings(roots[package] / name), list_recipes(roots[package])
+    else:
+        name, root = text, shipped_root()
+        candidates, names = _spellings((folder or Path()) / text), []
+        if root is not None:
+            candidates += _spellings(root / text)
+            names = list_recipes(root)
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    problem = f"there is no recipe {text!r}" if where else "there is no such recipe"
+    if any(candidate.is_dir() for candidate in candidates):
+        raise RecipeError(where or text, f"{text!r} is a folder", "name the recipe file in it")
+    remedy = nearest(name, names)
+    if not remedy.startswith("did"):
+        remedy = "give a path, or a name that `sinkbench recipe list` shows"
+    raise RecipeError(where or text, problem, remedy)
+
+
+def shipped_root() -> Path | None:
+    """The folder of the shipped recipes; None if only the code is on the path."""
+    spec = find_spec("sinkbench_recipes")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def recipe_roots() -> dict[str, Path]:
+    """Folders of recipes by package, the shipped ones first."""
+    root = shipped_root()
+    return ({SHIPPED: root} if root else {}) | discovery.recipe_folders()
+
+
+def list_recipes(root: Path) -> list[str]:
+    """Paths below a folder of the recipes that can be run; those in ``_folders`` are for extending."""
+    files = (path.relative_to(root) for path in root.rglob("*") if path.suffix in _SUFFIXES)
+    return sorted(f.as_posix() for f in files if not any(part.startswith(("_", ".")) for part in f.parts))
+
+
+def _spellings(path: Path) -> list[Path]:
+    return [path] if path.suffix in _SUFFIXES else [path, *(Path(f"{path}{s}") for s in _SUFFIXES)]
