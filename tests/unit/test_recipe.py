@@ -158,8 +158,6 @@ def test_all_wrong_keys_are_named(write: Write) -> None:
         recipe.to_config(recipe.load("w"))
     message = "w.yaml:2: train.step: unknown key (and 1 more: optim.lr); did you mean steps?"
     assert str(caught.value) == message
-        str(caught.value) == "w.yaml:2: train.step: unknown key (and 1 more: optim.lr); did you mean steps?"
-    )
 
 
 @pytest.mark.parametrize(
