@@ -95,14 +95,21 @@ def attend(
     return torch.cat(parts, 2)
 
 
-def rotate(x: Tensor, angle: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2104.09864) of the first dimensions of a head, halves rotated.
+def rotation(position_s: Tensor, rotated: int, base: float) -> Tensor:
+    """Cosine and sine of every position's angles, float32 [2, s, rotated / 2]."""
+    exponent = torch.arange(0, rotated, 2, dtype=torch.float32, device=position_s.device) / rotated
+    angle = position_s.float()[:, None] * base**-exponent
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2104.09864) of a head's first dimensions, halves rotated.
 
     Args:
         x: [..., d].
-        angle: position times frequency, broadcastable to [..., r/2], with r <= d rotated dimensions.
+        cos, sin: broadcastable to [..., r/2], for r <= d rotated dimensions.
     """
-    half = angle.shape[-1]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    half = cos.shape[-1]
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)

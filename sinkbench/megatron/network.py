@@ -1,0 +1,170 @@
+"""The language model of a recipe: embedding, megatron's TransformerBlock, output projection, loss.
+
+One class for every variant. GPTModel, deprecated in megatron-core 0.19, chooses positions by if/elif;
+here a plugin's declaration says what is added, rotated and normalised.
+
+Shapes: b sequence, s local position, n hidden size, v local vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from sinkbench.api import Batch, LossSpec, PositionalSpec
+from sinkbench.attention import reference
+from sinkbench.megatron.initialise import seeded
+from sinkbench.megatron.layer import LayerParts, layer_specs, make_norm
+from sinkbench.megatron.sequence import local_positions
+
+
+class Embedding(torch.nn.Module):
+    """Token embeddings, plus a positional plugin's embeddings if it has any."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        vocab_size: int,
+        positional: PositionalSpec,
+        seed: int,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tp_group = pg_collection.tp
+        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+            vocab_size,
+            config.hidden_size,
+            init_method=config.init_method,
+            reduce_scatter_embeddings=config.sequence_parallel,
+            config=config,
+            tp_group=pg_collection.tp,
+        )
+        self.position_embeddings: torch.nn.Module | None = None
+        if positional.embedding is not None:
+            with seeded(seed, "embedding.position_embeddings"):
+                module = positional.embedding()
+            self.position_embeddings = module.to(torch.cuda.current_device(), config.params_dtype)
+            for parameter in self.position_embeddings.parameters():
+                parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, tokens_bs: Tensor, position_s: Tensor) -> Tensor:
+        """Returns [s, b, n]; under sequence parallelism this rank's share of s."""
+        words: Tensor = self.word_embeddings(tokens_bs)
+        if not self.config.sequence_parallel:
+            words = words.transpose(0, 1).contiguous()
+        if self.position_embeddings is not None:
+            if self.config.sequence_parallel:
+                position_s = position_s.chunk(self.tp_group.size())[self.tp_group.rank()]
+            words = words + self.position_embeddings(position_s)[:, None].to(words.dtype)
+        return words
+
+
+class Network(LanguageModule):  # type: ignore[misc]
+    """One pipeline stage of the model.
+
+    Args:
+        vocab_size: padded size of the vocabulary.
+        pre_process, post_process: this stage embeds tokens; this stage computes the loss.
+        vp_stage: number of the model chunk within the rank, for the interleaved schedule.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        parts: LayerParts,
+        positional: PositionalSpec,
+        loss: LossSpec,
+        vocab_size: int,
+        tie_embeddings: bool,
+        seed: int,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+        pg_collection: ProcessGroupCollection,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.vp_stage = vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.share_embeddings_and_output_weights = tie_embeddings
+        self.positional = positional
+        self.loss = loss
+        if pre_process:
+            self.embedding = Embedding(config, vocab_size, positional, seed, pg_collection)
+        count = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
+        self.decoder = TransformerBlock(
+            config,
+            layer_specs(parts, count),
+            post_layer_norm=False,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            self.final_norm = make_norm(parts.normalization, config.hidden_size, config)
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and tie_embeddings,
+                tp_group=pg_collection.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
+        """Called by the pipeline schedule with what the previous stage sent."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """A stage's output: hidden states [s, b, n], or on the last stage the token losses times
+        their weights, float32 [b, s] of the local positions (logits [s, b, v] without targets)."""
+        tokens = batch["tokens"]
+        position = local_positions(tokens.shape[1], self.cp_group, tokens.device)
+        hidden = self.embedding(tokens[:, position], position) if self.pre_process else None
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotation(position)
+        )
+        if not self.post_process:
+            return hidden
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(self.final_norm(hidden), weight=weight)
+        if "targets" not in batch:
+            return logits
+        losses = self._token_losses(logits, batch["targets"][:, position])
+        return losses * batch["weights"][:, position]
+
+    def _rotation(self, position: Tensor) -> Tensor | None:
+        rotary = self.positional.rotary
+        if rotary is None:
+            return None
+        rotated = int(self.config.kv_channels * rotary.fraction) // 2 * 2
+        return reference.rotation(position, rotated, rotary.base)
+
+    def _token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        losses: Tensor = self.compute_language_model_loss(targets, logits)
+        if self.loss.z_loss:
+            losses = losses + self.loss.z_loss * self._log_partition(logits).square().transpose(0, 1)
+        return losses
+
+    def _log_partition(self, logits: Tensor) -> Tensor:
+        """log sum exp over the whole vocabulary, [s, b]."""
+        local = logits.float().logsumexp(-1)
+        gathered = tensor_parallel.gather_from_tensor_model_parallel_region(
+            local.unsqueeze(-1), group=self.tp_group
+        )
+        return torch.logsumexp(gathered, -1)

@@ -1,0 +1,148 @@
+"""Process groups, megatron's parallel state and seeds: from the launcher's environment to a layout."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sinkbench.config import Config, ParallelConfig
+from sinkbench.errors import HostError
+from sinkbench.megatron import host
+
+TIMEOUT = timedelta(minutes=10)
+"""After this a rank that waits for a dead one gives up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where this process stands. Context-parallel ranks share sequences; data-parallel ranks do not."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    data_rank: int
+    data_size: int
+    tensor_rank: int
+    pipeline_rank: int
+    groups: Any
+    """megatron's ProcessGroupCollection."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_world_size(parallel: ParallelConfig, processes: int) -> None:
+    """Raises HostError if the model-parallel sizes do not divide the number of processes."""
+    if processes % parallel.model_size:
+        raise HostError(
+            "parallel",
+            f"{processes} processes are not divisible by tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} x context {parallel.context} = {parallel.model_size}",
+            f"start a multiple of {parallel.model_size} processes (torchrun --nproc-per-node), or "
+            "change parallel",
+        )
+
+
+def start(config: Config) -> Layout:
+    """Joins the process group and lays out megatron's parallel groups over it.
+
+    Uses torchrun's environment; without one, a single process. Repeated calls with another layout
+    rebuild the groups, so that one process can train, convert and measure in turn.
+    """
+    parallel = config.parallel
+    check_world_size(parallel, world_size())
+    if config.train.device == "cuda" and not torch.cuda.is_available():
+        raise HostError("train.device", "cuda is not available here", "write auto or cpu")
+    device = host.prepare(config.train.device)
+    if not dist.is_initialized():
+        _init_process_group(device)
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=int(TIMEOUT.total_seconds() // 60),
+    )
+    _seed(config.seed, parallel_state, tensor_parallel)
+    if config.train.deterministic:
+        _be_deterministic(device)
+    return Layout(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+
+
+def _init_process_group(device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    store = dist.TCPStore("127.0.0.1", _free_port(), 1, is_master=True)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _seed(seed: int, parallel_state: Any, tensor_parallel: Any) -> None:
+    """Dropout outside tensor-parallel regions is the same on all tensor-parallel ranks, differs
+    between pipeline stages and data-parallel replicas."""
+    seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    seed += 10000 * parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _be_deterministic(device: torch.device) -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = False
+
+
+def shutdown() -> None:
+    """Leaves the process group; ``start`` can be called again."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Layout]:
+    """A layout for the duration of a block."""
+    layout = start(config)
+    try:
+        yield layout
+    finally:
+        shutdown()

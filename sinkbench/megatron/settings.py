@@ -1,0 +1,140 @@
+"""The recipe in megatron's words: TransformerConfig and optimizer configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from sinkbench.config import Config
+from sinkbench.errors import RecipeError
+
+ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
+    "swiglu": (F.silu, True),
+    "geglu": (F.gelu, True),
+    "reglu": (F.relu, True),
+    "swish": (F.silu, False),
+    "gelu": (F.gelu, False),
+    "relu": (F.relu, False),
+    "none": (F.relu, False),
+}
+"""Activation and whether a second projection gates it (Shazeer 2002.05202)."""
+
+PASS_THROUGH = frozenset(
+    {
+        "cross_entropy_fusion_impl",
+        "cross_entropy_loss_fusion",
+        "defer_embedding_wgrad_compute",
+        "distribute_saved_activations",
+        "hidden_dropout",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "recompute_method",
+        "recompute_num_layers",
+        "tp_comm_overlap",
+        "wgrad_deferral_limit",
+    }
+)
+"""Fields of TransformerConfig that take effect here and that no section of the recipe owns."""
+
+
+def dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+
+
+def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
+    """Raises RecipeError for a field under model.megatron that is unknown, owned or without effect."""
+    model, parallel = config.model, config.parallel
+    activation, gated = ACTIVATIONS[model.ffn]
+    fields: dict[str, Any] = dict(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size or model.hidden_size,
+        activation_func=activation,
+        gated_linear_unit=gated,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        # initialise.py fills the weights; megatron's initialisation only marks how they are split.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        calculate_per_token_loss=True,
+        deterministic_mode=config.train.deterministic,
+        params_dtype=dtype(config),
+        pipeline_dtype=dtype(config),
+        bf16=config.train.precision == "bf16",
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=(
+            parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+        ),
+        context_parallel_size=parallel.context,
+        sequence_parallel=parallel.sequence,
+        # Interleaving with batched point-to-point calls is silently wrong over gloo.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
+        **_recompute(config.train.recompute),
+    )
+    fields |= _passed_through(model.megatron, set(fields))
+    return TransformerConfig(**fields)
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def _recompute(what: str) -> dict[str, Any]:
+    if what == "attention":
+        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+    if what == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    return {}
+
+
+def _passed_through(fields: dict[str, Any], owned: set[str]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    for name in fields:
+        where = f"model.megatron.{name}"
+        if name not in known:
+            raise RecipeError(
+                where, "megatron-core has no such field", f"choose from {', '.join(sorted(PASS_THROUGH))}"
+            )
+        if name in owned - PASS_THROUGH:
+            raise RecipeError(where, "a section of the recipe owns this field", "set it there instead")
+        if name not in PASS_THROUGH:
+            raise RecipeError(
+                where,
+                "this field has no effect in sinkbench's models",
+                f"remove it; these take effect: {', '.join(sorted(PASS_THROUGH))}",
+            )
+    return fields
+
+
+def optimizer_config(config: Config) -> OptimizerConfig:
+    optim = config.optim
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.end_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=config.train.precision == "bf16",
+        params_dtype=dtype(config),
+        use_distributed_optimizer=True,
+    )

@@ -1,0 +1,134 @@
+"""Resolved plugins to a trainable model: this rank's pipeline stages, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sinkbench.api import AttentionSpec, Batch, BuildContext, LossSpec, NormalizationSpec, PositionalSpec
+from sinkbench.attention.backends import Backend, choose
+from sinkbench.config import Config, padded_vocab_size
+from sinkbench.errors import PluginError, RecipeError
+
+if TYPE_CHECKING:
+    from sinkbench.megatron.parallel import Layout
+    from sinkbench.plugins import Resolved
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Declarations:
+    """What the plugins of a recipe declare."""
+
+    context: BuildContext
+    attention: AttentionSpec
+    normalization: NormalizationSpec
+    positional: PositionalSpec
+    loss: LossSpec
+    backend: Backend
+    transforms: tuple[Callable[[Batch], Batch], ...]
+    padded_vocab_size: int
+
+
+def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations:
+    """Builds every plugin of the recipe.
+
+    Args:
+        vocab_size: size of the data's vocabulary.
+
+    Raises:
+        RecipeError: model.vocab_size is too small for the data, or the requested backend cannot do
+            what the attention declares.
+        PluginError: a plugin built something that its kind does not allow.
+    """
+    model = config.model
+    if model.vocab_size is not None and model.vocab_size < vocab_size:
+        raise RecipeError(
+            "model.vocab_size",
+            f"{model.vocab_size} is smaller than the data's vocabulary of {vocab_size}",
+            f"write {vocab_size} or more, or leave it out",
+        )
+    padded = padded_vocab_size(model.vocab_size or vocab_size)
+    if padded % config.parallel.tensor:
+        raise RecipeError(
+            "parallel.tensor",
+            f"the padded vocabulary of {padded} is not divisible by {config.parallel.tensor}",
+            "choose another tensor-parallel size",
+        )
+    context = BuildContext(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_attention_heads,
+        num_kv_heads=model.kv_heads,
+        head_size=model.head_dim,
+        seq_length=model.seq_length,
+        vocab_size=vocab_size,
+        config=config,
+    )
+    attention = _built(resolved.attention, context, AttentionSpec)
+    return Declarations(
+        context=context,
+        attention=attention,
+        normalization=_built(resolved.normalization, context, NormalizationSpec),
+        positional=_built(resolved.positional, context, PositionalSpec),
+        loss=_built(resolved.loss, context, LossSpec),
+        backend=choose(attention, model.backend),
+        transforms=tuple(t.plugin.build(t.params, context) for t in resolved.transforms),
+        padded_vocab_size=padded,
+    )
+
+
+def _built(item: Any, context: BuildContext, kind: type[T]) -> T:
+    result = item.plugin.build(item.params, context)
+    if not isinstance(result, kind):
+        raise PluginError(
+            f"plugin {item.plugin.name} of {item.package}",
+            f"build returned {type(result).__name__}",
+            f"it must return {kind.__name__}",
+        )
+    return result
+
+
+def build_stages(config: Config, declared: Declarations, layout: Layout) -> list[Any]:
+    """This rank's pipeline stages (one, unless the pipeline is interleaved) with their initial
+    weights, on the layout's device: sinkbench.megatron.network.Network each."""
+    from sinkbench.megatron.initialise import initialise
+    from sinkbench.megatron.layer import LayerParts
+    from sinkbench.megatron.network import Network
+    from sinkbench.megatron.settings import transformer_config
+
+    transformer = transformer_config(config, layout.device)
+    parts = LayerParts(
+        attention=declared.attention,
+        backend=declared.backend,
+        normalization=declared.normalization,
+        ffn=config.model.ffn != "none",
+    )
+    chunks, last_rank = config.parallel.virtual_pipeline, config.parallel.pipeline - 1
+    stages = []
+    for chunk in range(chunks):
+        stage = Network(
+            transformer,
+            parts=parts,
+            positional=declared.positional,
+            loss=declared.loss,
+            vocab_size=declared.padded_vocab_size,
+            tie_embeddings=config.model.tie_embeddings,
+            seed=config.seed,
+            pre_process=layout.pipeline_rank == 0 and chunk == 0,
+            post_process=layout.pipeline_rank == last_rank and chunk == chunks - 1,
+            vp_stage=chunk if chunks > 1 else None,
+            pg_collection=layout.groups,
+        )
+        initialise(
+            stage,
+            config.model,
+            seed=config.seed,
+            first_layer=stage.decoder.layers[0].layer_number,
+            tp_rank=layout.tensor_rank,
+            tp_size=config.parallel.tensor,
+        )
+        stages.append(stage)
+    return stages
