@@ -29,14 +29,13 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-PRELOAD = ["pytest", "torch", "torch.distributed", "sinkbench.api"]
-"""Modules the template imports; what is missing here, every rank imports again."""
-
 GRACE_SECONDS = 0.5
 """After a rank failed: the time the others have to fail too, before they are killed."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
+# Found from the repository root only (before Python 3.14 the template has no other path); elsewhere
+# every rank imports what it needs.
+_context.set_forkserver_preload(["tests.distributed.template"])
 
 
 class RankFailure(AssertionError):
