@@ -145,6 +145,8 @@ class PrepareConfig(Section):
     inputs: list[str] = Field(min_length=1)
     """files, folders, or ``python:docs`` / ``python:stdlib`` of the running Python."""
     tokenizer: TokenizerConfig
+    text_field: str = Field(default="text", min_length=1)
+    """of JSON objects and of parquet files."""
     cache: str = "~/.cache/sinkbench"
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """share of documents kept for validation."""
@@ -266,15 +268,11 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    model_config = ConfigDict(populate_by_name=True)
-
     every: NonNegativeInt = 0
     """steps between checkpoints; 0 writes only the last."""
     keep_last: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     """also keep every checkpoint whose step this divides; 0: none."""
-    async_: bool = Field(default=False, alias="async")
-    """write while training goes on."""
 
 
 class MeasureConfig(Section):
@@ -330,8 +328,7 @@ class Config(Section):
         ):
             if size is not None and size % p.tensor:
                 raise ValueError(
-                    f"model.{what} {size} is not divisible by parallel.tensor {p.tensor}; "
-                    "change one of them"
+                    f"model.{what} {size} is not divisible by parallel.tensor {p.tensor}; change one of them"
                 )
         stages = p.pipeline * p.virtual_pipeline
         if m.num_layers % stages:
@@ -347,8 +344,7 @@ class Config(Section):
             )
         if self.measure.every and self.measure.length > m.seq_length:
             raise ValueError(
-                f"measure.length {self.measure.length} is above model.seq_length {m.seq_length}; "
-                "lower it"
+                f"measure.length {self.measure.length} is above model.seq_length {m.seq_length}; lower it"
             )
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(

@@ -13,6 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -24,7 +25,7 @@ from sinkbench.megatron.layer import LayerParts, layer_specs, make_norm
 from sinkbench.megatron.sequence import local_positions
 
 
-class Embedding(torch.nn.Module):
+class Embedding(MegatronModule):  # type: ignore[misc]
     """Token embeddings, plus a positional plugin's embeddings if it has any."""
 
     def __init__(
@@ -35,8 +36,7 @@ class Embedding(torch.nn.Module):
         seed: int,
         pg_collection: ProcessGroupCollection,
     ) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config=config)
         self.tp_group = pg_collection.tp
         self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
             vocab_size,
