@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -127,14 +127,14 @@ def recipe_folders() -> dict[str, Path]:
         for name, folder in answer.items():
             if name in folders:
                 problem = f"offered by both {owners[name].id} and {package.id}"
-                raise PluginError(f"recipes of {name!r}", problem, disable(package))
+                raise PluginError(f"recipes of {name!r}", problem, leave_out([owners[name], package]))
             folders[name], owners[name] = folder, package
     return folders
 
 
-def disable(package: Package) -> str:
-    """The remedy that leaves a package out."""
-    return f"set {SELECTION}=-{package.id} to leave one out"
+def leave_out(packages: Sequence[Package]) -> str:
+    """The remedy where packages clash."""
+    return f"set {SELECTION}={' or '.join(f'-{package.id}' for package in packages)} to leave one out"
 
 
 def _load(found: Discovery, package: Package, point: EntryPoint) -> None:
@@ -149,7 +149,8 @@ def _load(found: Discovery, package: Package, point: EntryPoint) -> None:
         found.manager.register(plugin, name=package.id)
         found.manager.check_pending()
     except pluggy.PluginValidationError as e:
-        found.manager.unregister(plugin)
+        if found.manager.is_registered(plugin):
+            found.manager.unregister(plugin)
         found.fail(package, _text(e))
         return
     found.loaded[package] = plugin

@@ -47,7 +47,7 @@ def find(reference: str | Path, folder: Path | None = None, where: str | None = 
     problem = f"there is no recipe {text!r}" if where else "there is no such recipe"
     if any(candidate.is_dir() for candidate in candidates):
         raise RecipeError(where or text, f"{text!r} is a folder", "name the recipe file in it")
-    remedy = nearest(name, names)
+    remedy = nearest(name if name.endswith(_SUFFIXES) else f"{name}.yaml", names)
     if not remedy.startswith("did"):
         remedy = "give a path, or a name that `sinkbench recipe list` shows"
     raise RecipeError(where or text, problem, remedy)

@@ -160,5 +160,5 @@ def _syntax_error(error: yaml.YAMLError, source: str, path: str, lines: bool) ->
 
 def dump(values: Any) -> str:
     """YAML text that ``parse`` reads back as equal values; keys keep their order."""
-    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    text: str = yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=100)
     return text

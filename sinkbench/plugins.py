@@ -1,0 +1,240 @@
+"""The plugins by kind and name, and those that a recipe uses, checked against one another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from sinkbench import discovery
+from sinkbench.api import KINDS, Params, Plugin
+from sinkbench.config import Config, PluginRef
+from sinkbench.discovery import Broken, Package
+from sinkbench.errors import PluginError
+from sinkbench.explain import explain, nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A plugin and the package that registered it."""
+
+    kind: str
+    plugin: Plugin
+    package: Package
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginIndex:
+    """All plugins of this environment.
+
+    Attributes:
+        found: in the order of the entry points; a name may occur twice.
+        broken: packages that could not be imported or whose hooks failed.
+        disabled: packages that SINKBENCH_PLUGINS leaves out.
+    """
+
+    found: tuple[Found, ...]
+    broken: tuple[Broken, ...] = ()
+    disabled: tuple[Package, ...] = ()
+
+    def names(self, kind: str) -> list[str]:
+        return sorted({item.plugin.name for item in self.found if item.kind == kind})
+
+    def providers(self, kind: str, name: str) -> list[Found]:
+        """Everything registered under a name; more than one is a clash."""
+        return [item for item in self.found if (item.kind, item.plugin.name) == (kind, name)]
+
+    def get(self, kind: str, name: str, where: str = "") -> Found:
+        """The plugin of a name.
+
+        Args:
+            kind: one of ``sinkbench.api.KINDS``.
+            name: as in a recipe.
+            where: place in the recipe, for the error.
+
+        Raises:
+            PluginError: no package provides it, or several do.
+        """
+        providers = self.providers(kind, name)
+        if len(providers) == 1:
+            return providers[0]
+        where = where or f"{_words(kind)} {name!r}"
+        if providers:
+            packages = list(dict.fromkeys(p.package for p in providers))
+            by = " and by ".join(f"{p.package} ({p.package.id})" for p in providers)
+            problem = f"{_words(kind)} {name!r} is provided by {by}"
+            alone = len(packages) == 1
+            remedy = f"rename one in {packages[0].module}" if alone else discovery.leave_out(packages)
+            raise PluginError(where, problem, remedy)
+        raise self._unknown(kind, name, where)
+
+    def _unknown(self, kind: str, name: str, where: str) -> PluginError:
+        problem = f"there is no {_words(kind)} {name!r}"
+        other = next((item.kind for item in self.found if item.plugin.name == name), None)
+        if other:
+            problem += f" ({name} is a {_words(other)} plugin)"
+        remedy = nearest(name, self.names(kind))
+        if self.broken:
+            which = " and ".join(f"{b.package} is broken ({b.error})" for b in self.broken)
+            problem += f", and the plugin package {which}"
+            names = ", ".join(dict.fromkeys(b.package.distribution for b in self.broken))
+            remedy = f"{remedy} Or repair {names}" if remedy.endswith("?") else f"repair {names}; {remedy}"
+        elif self.disabled:
+            left_out = ", ".join(package.id for package in self.disabled)
+            problem += f" ({discovery.SELECTION} leaves out {left_out})"
+        return PluginError(where, problem, remedy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A plugin as a recipe uses it.
+
+    Attributes:
+        path: dotted key of its block.
+        params: the validated parameters.
+    """
+
+    path: str
+    plugin: Plugin
+    params: Params
+    package: Package
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """The plugins of a recipe."""
+
+    attention: Chosen
+    normalization: Chosen
+    positional: Chosen
+    loss: Chosen
+    transforms: tuple[Chosen, ...]
+    metrics: tuple[Chosen, ...]
+
+    def __iter__(self) -> Iterator[Chosen]:
+        yield from (self.attention, self.normalization, self.positional, self.loss)
+        yield from self.transforms
+        yield from self.metrics
+
+
+def discover() -> PluginIndex:
+    """Import the plugin packages and ask each for its plugins.
+
+    Raises:
+        PluginError: SINKBENCH_PLUGINS names a package that is not installed.
+    """
+    packages = discovery.discover()
+    found: list[Found] = []
+    for kind in KINDS:
+        hook = f"sinkbench_{kind}"
+        for package, answer in packages.call(hook):
+            wrong = _wrong_answer(answer)
+            if wrong:
+                packages.fail(package, f"its hook {hook} returned {wrong} instead of a list of Plugin")
+                continue
+            found += [Found(kind=kind, plugin=plugin, package=package) for plugin in answer]
+    return PluginIndex(found=tuple(found), broken=tuple(packages.broken), disabled=tuple(packages.disabled))
+
+
+def resolve(config: Config, index: PluginIndex, provenance: Mapping[str, str] | None = None) -> Resolved:
+    """Find and check the plugins that a recipe names.
+
+    Args:
+        config: the validated recipe.
+        index: from ``discover``.
+        provenance: where the recipe's values came from, for errors.
+
+    Raises:
+        PluginError: a plugin is unknown or ambiguous, its parameters are wrong, or it does not fit
+            the rest of the recipe; all that does not fit is in the one message.
+    """
+    places = provenance or {}
+
+    def choose(kind: str, path: str, ref: PluginRef) -> Chosen:
+        return _choose(index, kind, path, ref, places)
+
+    resolved = Resolved(
+        attention=choose("attention", "model.attention", config.model.attention),
+        normalization=choose("normalization", "model.normalization", config.model.normalization),
+        positional=choose("positional", "model.positional", config.model.positional),
+        loss=choose("loss", "loss", config.loss),
+        transforms=tuple(
+            choose("data_transform", f"data.transforms[{i}]", ref)
+            for i, ref in enumerate(config.data.transforms)
+        ),
+        metrics=tuple(
+            choose("metric", f"measure.metrics[{i}]", ref) for i, ref in enumerate(config.measure.metrics)
+        ),
+    )
+    _check_fit(resolved, config, index, places)
+    return resolved
+
+
+def _choose(index: PluginIndex, kind: str, path: str, ref: PluginRef, places: Mapping[str, str]) -> Chosen:
+    name_place = places.get(f"{path}.name") or places.get(path)
+    found = index.get(kind, ref.name, f"{name_place}: {path}" if name_place else path)
+    schema = found.plugin.params
+    try:
+        params = schema.model_validate_json(json.dumps(ref.params), strict=True)
+    except ValidationError as e:
+        fault = explain(e, schema, ref.params)[0]
+        key = f"{path}.{fault.key}" if fault.key else path
+        place = places.get(key) or name_place
+        of = f"{_words(kind)} {ref.name!r} of {found.package}"
+        where = f"{place}: {key}" if place else key
+        raise PluginError(where, f"{fault.problem} ({of})", fault.remedy) from None
+    return Chosen(path=path, plugin=found.plugin, params=params, package=found.package)
+
+
+def _check_fit(resolved: Resolved, config: Config, index: PluginIndex, places: Mapping[str, str]) -> None:
+    problems: list[str] = []
+    for chosen in resolved:
+        problems += [f"{chosen.path} {chosen.plugin.name}: {text}" for text in _problems(chosen, config)]
+        provided = {p for other in resolved if other is not chosen for p in other.plugin.provides}
+        for capability in sorted(chosen.plugin.requires - provided):
+            able = sorted({f.plugin.name for f in index.found if capability in f.plugin.provides})
+            hint = f", which {', '.join(able)} would provide" if able else ""
+            problems.append(f"{chosen.path} {chosen.plugin.name}: requires {capability!r}{hint}")
+    if len(problems) == 1:
+        where, _, text = problems[0].partition(": ")
+        problem, _, remedy = text.partition("; ")
+        place = places.get(f"{where.split()[0]}.name")
+        raise PluginError(f"{place}: {where}" if place else where, problem, remedy or "change one of the two")
+    if problems:
+        text = ", ".join(f"({i}) {problem}" for i, problem in enumerate(problems, start=1))
+        raise PluginError(f"recipe {config.name}", f"its parts do not fit: {text}", "change these")
+
+
+def _problems(chosen: Chosen, config: Config) -> Sequence[str]:
+    if chosen.plugin.check is None:
+        return ()
+    where = f"{chosen.path} {chosen.plugin.name}"
+    remedy = f"repair the plugin package {chosen.package}"
+    try:
+        problems: Any = chosen.plugin.check(chosen.params, config)
+    except Exception as e:
+        raise PluginError(where, f"its check raised {type(e).__name__}: {e}", remedy) from e
+    if not isinstance(problems, list) or not all(isinstance(problem, str) for problem in problems):
+        raise PluginError(where, f"its check returned {type(problems).__name__}, not a list of str", remedy)
+    return problems
+
+
+def _wrong_answer(answer: object) -> str | None:
+    """What a hook returned, if that is not a list of well-formed plugins."""
+    if not isinstance(answer, list):
+        return type(answer).__name__
+    for item in answer:
+        if not isinstance(item, Plugin):
+            return f"a list with a {type(item).__name__}"
+        if not (isinstance(item.params, type) and issubclass(item.params, Params)):
+            return f"a Plugin {item.name!r} whose params is not a subclass of Params"
+        if not callable(item.build):
+            return f"a Plugin {item.name!r} whose build is not callable"
+    return None
+
+
+def _words(kind: str) -> str:
+    return kind.replace("_", " ")
