@@ -1,0 +1,53 @@
+"""The columns of result tables, in the terminal and in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+ABSENT = "–"  # noqa: RUF001 (a dash, as typeset in tables)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: ``key`` of a row, its title, and how a value is written."""
+
+    key: str
+    title: str
+    write: Callable[[Any], str] = str
+    numeric: bool = True
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        """The row's value as text; a dash where it has none."""
+        value = row.get(self.key)
+        return ABSENT if value is None else self.write(value)
+
+
+def _fixed(digits: int) -> Callable[[float], str]:
+    return lambda value: f"{value:,.{digits}f}"
+
+
+RUN = Column("label", "run", numeric=False)
+ATTENTION = Column("attention", "attention", numeric=False)
+STEP = Column("step", "step")
+LOSS = Column("loss", "loss", _fixed(4))
+VALIDATION = Column("validation_loss", "validation loss", _fixed(4))
+SINK = (
+    Column("sink_1_raw", "Sink_1 % raw", _fixed(1)),
+    Column("sink_1_proxy", "Sink_1 % proxy", _fixed(1)),
+)
+ATTENTION_TO_FIRST = (
+    Column("first_token_attention_trigger", "to first token from triggers", _fixed(3)),
+    Column("first_token_attention_nontrigger", "to first token from others", _fixed(3)),
+)
+VALUE_DRAIN = Column("value_drain", "value drain", _fixed(3))
+ROW_SUM = Column("row_sum", "row sum", _fixed(3))
+ACTIVATION_RATIO = Column("activation_ratio", "activation ratio", _fixed(2))
+TOKENS_PER_SECOND = Column("tokens_per_second", "tokens/s", _fixed(0))
+MFU = Column("mfu", "MFU %", _fixed(1))
+
+
+def with_values(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Those columns for which any row has a value."""
+    return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
