@@ -60,9 +60,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes whatever ``_Loader`` would not read back as the same string."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012
+    """Quotes a string that YAML 1.1 or 1.2 would read as something else, for readers of either."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

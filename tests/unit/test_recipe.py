@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,8 +37,10 @@ trees = st.recursive(
 @settings(deadline=None)
 @given(trees)
 def test_dumped_values_read_back_equal(tree: object) -> None:
-    values, _ = recipe_yaml.parse(recipe_yaml.dump(tree), "text")
+    text = recipe_yaml.dump(tree)
+    values, _ = recipe_yaml.parse(text, "text")
     assert values == tree
+    assert yaml.safe_load(text) == tree  # by other programs too
 
 
 def test_order_of_layers(write: Write) -> None:
