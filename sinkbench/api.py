@@ -60,7 +60,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 class Params(BaseModel):
     """Base class of a plugin's parameters: unknown keys are errors, values do not change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, kw_only=True)
