@@ -20,7 +20,7 @@ from sinkbench.errors import DataError
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 """magic, version, code of the type, number of sequences, number of document boundaries."""
-_DTYPES: dict[int, np.dtype[np.integer]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+_DTYPES: dict[int, np.dtype[np.integer[Any]]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 
 
 def _indexed_dataset() -> ModuleType:
@@ -47,7 +47,7 @@ class TokenWriter:
             f"{prefix}.bin", dtype=np.dtype(dtype).type
         )
 
-    def add(self, document: npt.NDArray[np.integer]) -> None:
+    def add(self, document: npt.NDArray[np.integer[Any]]) -> None:
         self._builder.add_document(document, [len(document)])
 
     def close(self) -> None:
@@ -63,7 +63,7 @@ class TokenFile:
         lengths: tokens of each document.
     """
 
-    tokens: npt.NDArray[np.integer]
+    tokens: npt.NDArray[np.integer[Any]]
     lengths: npt.NDArray[np.int32]
 
 
@@ -89,7 +89,7 @@ def open_tokens(prefix: Path) -> TokenFile:
     return TokenFile(np.memmap(data_path, dtype=dtype, mode="r"), lengths)
 
 
-def _read_index(data: bytes) -> tuple[np.dtype[np.integer], npt.NDArray[np.int32]]:
+def _read_index(data: bytes) -> tuple[np.dtype[np.integer[Any]], npt.NDArray[np.int32]]:
     """The type of the ids and the length of each sequence: what megatron's ``_IndexWriter`` writes.
 
     Read here, because megatron's reader asserts where the file is wrong and then fails again when the

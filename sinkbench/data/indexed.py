@@ -1,0 +1,268 @@
+"""Training on prepared folders: documents joined with EOS, cut into sequences, shuffled and blended.
+
+As in the paper, the token stream of a folder is cut every seq_length + 1 tokens, wherever documents
+end; a remainder is dropped. Each epoch is a new permutation of these chunks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from sinkbench.config import IndexedConfig
+from sinkbench.data.manifest import TRAIN, VALIDATION, Manifest, check_sizes, load_manifest
+from sinkbench.data.source import Arrays, HeldOut
+from sinkbench.errors import DataError
+from sinkbench.megatron.datasets import blend_table, open_tokens
+
+Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
+
+BLEND_PERIOD = 1 << 16
+"""A blend repeats its assignment of sequences to folders after so many; weights are met to within one
+sequence in as many."""
+_CHECKED_TOKENS = 4096
+_EVERY_RUN = 0
+"""Seed of what is the same in every run: the order of held-out sequences."""
+
+
+class Chunks:
+    """The token stream of one split of one folder, cut into chunks of ``size`` tokens.
+
+    Args:
+        tokens: all ids of the split, mapped from disk.
+        lengths: tokens of each document.
+    """
+
+    def __init__(self, tokens: Tokens, lengths: npt.NDArray[np.int32], size: int) -> None:
+        self.count = len(tokens) // size
+        self._tokens = tokens
+        self._lengths = lengths.astype(np.int64)
+        self._chunks = tokens[: self.count * size].reshape(self.count, size)
+
+    def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """int64 [len(numbers), size]."""
+        return self._chunks[numbers].astype(np.int64)
+
+    def window(self, offset: int, length: int) -> npt.NDArray[np.int64]:
+        return self._tokens[offset : offset + length].astype(np.int64)
+
+    def window_offsets(self, length: int) -> npt.NDArray[np.int64]:
+        """Where stretches of ``length`` tokens begin that lie within a document and do not overlap:
+        first the beginnings of documents in a fixed random order, then the second stretches of
+        documents, and so on."""
+        per_document = (self._lengths - 1) // length  # the last token is EOS
+        starts = np.cumsum(self._lengths) - self._lengths
+        earlier = np.cumsum(per_document) - per_document
+        number = np.arange(per_document.sum()) - np.repeat(earlier, per_document)
+        offsets = np.repeat(starts, per_document) + number * length
+        shuffled = _permutation(len(offsets), _EVERY_RUN)
+        return offsets[shuffled][np.argsort(number[shuffled], kind="stable")]
+
+
+class Epochs:
+    """An endless sequence of a split's chunks: one permutation after the other.
+
+    Args:
+        seed: of the permutations, together with the epoch.
+    """
+
+    def __init__(self, chunks: Chunks, *seed: int) -> None:
+        self._chunks = chunks
+        # Two, since a step may span two epochs; a cache that threads may share.
+        self._order = lru_cache(maxsize=2)(partial(_permutation, chunks.count, *seed))
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        epochs, positions = np.divmod(indices, self._chunks.count)
+        numbers = np.empty_like(indices)
+        for epoch in np.unique(epochs).tolist():
+            of_epoch = epochs == epoch
+            numbers[of_epoch] = self._order(epoch)[positions[of_epoch]]
+        return self._chunks.rows(numbers)
+
+
+class Blend:
+    """Sequences of several folders by weight, see ``blend_table``.
+
+    Raises:
+        DataError: a weight is so small that its folder would never be read.
+    """
+
+    def __init__(self, parts: Sequence[Epochs], weights: Sequence[float], names: Sequence[str]) -> None:
+        self._parts = parts
+        self._part, self._rank = blend_table(np.array(weights) / sum(weights), BLEND_PERIOD)
+        self._per_period = np.bincount(self._part, minlength=len(parts))
+        for name, weight, count in zip(names, weights, self._per_period, strict=True):
+            if not count:
+                problem = f"weight {weight} is less than one sequence in {BLEND_PERIOD}"
+                raise DataError(name, problem, "raise the weight, or leave the folder out")
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        periods, offsets = np.divmod(indices, BLEND_PERIOD)
+        part = self._part[offsets]
+        position = periods * self._per_period[part] + self._rank[offsets]
+        rows: npt.NDArray[np.int64] | None = None
+        for number in np.unique(part).tolist():
+            found = self._parts[number].rows(position[part == number])
+            if rows is None:
+                rows = np.empty((len(indices), found.shape[1]), np.int64)
+            rows[part == number] = found
+        assert rows is not None
+        return rows
+
+
+@dataclass(frozen=True)
+class _Folder:
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str) -> _Folder:
+        folder = Path(path).expanduser()
+        manifest = load_manifest(folder)
+        check_sizes(folder, manifest)
+        return cls(folder, manifest)
+
+    def has(self, split: str) -> bool:
+        return self.manifest.tokens[split] > 0
+
+    def chunks(self, split: str, size: int) -> Chunks:
+        """Opens a split.
+
+        Raises:
+            DataError: the split is absent, or its files do not match the manifest or each other.
+        """
+        if not self.has(split):
+            problem = f"has no {split} documents"
+            raise DataError(str(self.path), problem, "prepare it with another --holdout")
+        file = open_tokens(self.path / split)
+        count, expected = len(file.tokens), self.manifest.tokens[split]
+        if count != expected or file.tokens.dtype != self.manifest.dtype:
+            problem = f"{split}.bin holds {count} {file.tokens.dtype} where the manifest says {expected} "
+            raise DataError(str(self.path), problem + self.manifest.dtype, "prepare the folder again")
+        largest = int(file.tokens[:: max(1, count // _CHECKED_TOKENS)].max())
+        if largest >= self.manifest.tokenizer.vocab_size:
+            problem = f"{split}.bin holds token {largest}, outside the tokenizer's vocabulary of "
+            problem += str(self.manifest.tokenizer.vocab_size)
+            raise DataError(str(self.path), problem, "it is damaged: prepare the folder again")
+        return Chunks(file.tokens, file.lengths, size)
+
+
+class IndexedSource:
+    """Prepared folders; see ``sinkbench.data.source.SequenceSource``."""
+
+    def __init__(
+        self,
+        train: Epochs | Blend,
+        validation: dict[str, Chunks],
+        *,
+        seq_length: int,
+        vocab_size: int,
+        fingerprint: str,
+    ) -> None:
+        self.seq_length = seq_length
+        self.vocab_size = vocab_size
+        self.fingerprint = fingerprint
+        self.domains: tuple[str, ...] = tuple(validation)
+        self._train = train
+        self._validation = validation
+
+    @classmethod
+    def open(cls, config: IndexedConfig, *, seq_length: int, seed: int) -> IndexedSource:
+        """
+        Raises:
+            DataError: a folder cannot be used, or folders do not go together.
+        """
+        if config.prepare is not None:
+            from sinkbench.data.prepare import prepare_cached
+
+            folders = [_Folder.open(str(prepare_cached(config.prepare)))]
+            weights = [1.0]
+            held_out = {"held_out": folders[0]}
+        else:
+            folders = [_Folder.open(entry.path) for entry in config.train]
+            weights = [entry.weight for entry in config.train]
+            held_out = {name: _Folder.open(path) for name, path in config.validation.items()}
+            held_out = held_out or _by_name(folders)
+        _check_tokenizers([*folders, *held_out.values()])
+        size = seq_length + 1
+        parts = []
+        for number, folder in enumerate(folders):
+            chunks = folder.chunks(TRAIN, size)
+            if not chunks.count:
+                problem = f"has {folder.manifest.tokens[TRAIN]} training tokens, below one sequence of {size}"
+                raise DataError(str(folder.path), problem, "shorten model.seq_length, or prepare more text")
+            parts.append(Epochs(chunks, seed, number))
+        names = [str(folder.path) for folder in folders]
+        identity = [[folder.manifest.files["train.bin"].sha256 for folder in folders], weights, size, seed]
+        return cls(
+            parts[0] if len(parts) == 1 else Blend(parts, weights, names),
+            {name: folder.chunks(VALIDATION, size) for name, folder in held_out.items()},
+            seq_length=seq_length,
+            vocab_size=folders[0].manifest.tokenizer.vocab_size,
+            fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        )
+
+    def sequences(self, start: int, count: int) -> Arrays:
+        return {"tokens": self._train.rows(np.arange(start, start + count))}
+
+    def sequence(self, index: int) -> Arrays:
+        return {"tokens": self.sequences(index, 1)["tokens"][0]}
+
+    def validation(self, domain: str) -> HeldOut:
+        chunks = self._validation[domain]
+        order = _permutation(chunks.count, _EVERY_RUN)
+
+        def read(start: int, count: int) -> Arrays:
+            return {"tokens": chunks.rows(order[start : start + count])}
+
+        return HeldOut(chunks.count, read)
+
+    def probe(self, count: int, length: int) -> Arrays:
+        """The first ``length`` tokens of held-out documents that are longer, domains in turn. Where
+        there are fewer such documents than ``count``, their later stretches follow; none crosses the
+        end of a document, and none overlaps another."""
+        offsets = [chunks.window_offsets(length) for chunks in self._validation.values()]
+        found = sum(map(len, offsets))
+        if found < count:
+            problem = f"the held-out documents give {found} stretches of {length} tokens, below the {count}"
+            remedy = "hold out more (--holdout), or lower measure.count or measure.length"
+            raise DataError("data", problem + " of measure.count", remedy)
+        turn = np.concatenate([np.arange(len(of_domain)) for of_domain in offsets])
+        domain = np.repeat(np.arange(len(offsets)), [len(of_domain) for of_domain in offsets])
+        chosen = np.lexsort((domain, turn))[:count]
+        chunks = list(self._validation.values())
+        rows = [chunks[domain[i]].window(int(offsets[domain[i]][turn[i]]), length) for i in chosen]
+        return {"tokens": np.stack(rows)}
+
+
+def _permutation(count: int, *seed: int) -> npt.NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64(seed)).permutation(count)
+
+
+def _by_name(folders: Sequence[_Folder]) -> dict[str, _Folder]:
+    """The folders that hold something out, by the last part of their path."""
+    named: dict[str, _Folder] = {}
+    for folder in folders:
+        name = folder.path.resolve().name
+        if name in named:
+            problem = f"two folders are called {name}"
+            raise DataError(str(folder.path), problem, "name the domains in data.validation")
+        if folder.has(VALIDATION):
+            named[name] = folder
+    return named
+
+
+def _check_tokenizers(folders: Sequence[_Folder]) -> None:
+    first = folders[0]
+    for folder in folders[1:]:
+        if folder.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
+            problem = f"was prepared with another tokenizer than {first.path}"
+            raise DataError(str(folder.path), problem, "prepare both with one tokenizer")

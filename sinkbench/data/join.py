@@ -1,0 +1,132 @@
+"""Joins shards into token files: duplicates dropped, some documents held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from sinkbench.data.manifest import SPLITS, TRAIN, VALIDATION, FileRecord, InputRecord, file_sha256
+from sinkbench.data.shards import ShardIndex, Tokens, load_documents, token_dtype
+from sinkbench.errors import DataError
+from sinkbench.megatron.datasets import TokenWriter
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What was written: counts per split and per input, and the files."""
+
+    documents: dict[str, int]
+    tokens: dict[str, int]
+    inputs: list[InputRecord]
+    dtype: Literal["uint16", "int32"]
+    files: dict[str, FileRecord]
+
+
+def join(
+    shards: Sequence[Path],
+    target: Path,
+    *,
+    inputs: Sequence[str],
+    holdout: float,
+    vocab_size: int,
+    advance: Callable[[int], None],
+) -> Joined:
+    """Writes ``train`` and ``validation`` token files into ``target``; a split without documents
+    gets none.
+
+    Args:
+        shards: in order; of equal documents the first is kept.
+        inputs: names of the inputs, for the counts and for errors.
+        holdout: share of documents for validation, see ``_splits``.
+        advance: told the bytes of each shard when it is done.
+
+    Raises:
+        DataError: an input holds no text.
+    """
+    indices = [ShardIndex.load(path) for path in shards]
+    hashes = np.concatenate([index.hashes for index in indices])
+    kept = _first_copies(hashes)
+    held_out = _held_out(hashes[:, 0], kept, holdout)
+    records = _counts(inputs, indices, kept)
+    cut = holdout if kept.sum() == 1 and 0 < holdout < 1 else None
+
+    writers: dict[str, TokenWriter] = {}
+    documents, tokens = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    position = 0
+    for path in shards:
+        for document in load_documents(path):
+            if kept[position]:
+                for split, part in _splits(document, bool(held_out[position]), cut):
+                    if split not in writers:
+                        writers[split] = TokenWriter(target / split, token_dtype(vocab_size))
+                    writers[split].add(part)
+                    documents[split] += 1
+                    tokens[split] += len(part)
+            position += 1
+        advance(path.stat().st_size)
+    for writer in writers.values():
+        writer.close()
+    names = [f"{split}.{kind}" for split in SPLITS if split in writers for kind in ("bin", "idx")]
+    files = {
+        name: FileRecord(bytes=(target / name).stat().st_size, sha256=file_sha256(target / name))
+        for name in names
+    }
+    dtype: Literal["uint16", "int32"] = "uint16" if token_dtype(vocab_size) is np.uint16 else "int32"
+    return Joined(documents, tokens, records, dtype, files)
+
+
+def _first_copies(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    kept = np.zeros(len(hashes), bool)
+    kept[np.unique(hashes, axis=0, return_index=True)[1]] = True
+    return kept
+
+
+def _counts(
+    inputs: Sequence[str], indices: Sequence[ShardIndex], kept: npt.NDArray[np.bool_]
+) -> list[InputRecord]:
+    owner = np.repeat([index.input_index for index in indices], [len(index.lengths) for index in indices])
+    lengths = np.concatenate([index.lengths for index in indices])
+    records = []
+    for number, name in enumerate(inputs):
+        mine = owner == number
+        if not mine.any():
+            raise DataError(name, "holds no text", "give files that hold text")
+        records.append(
+            InputRecord(
+                input=name,
+                documents=int((mine & kept).sum()),
+                tokens=int(lengths[mine & kept].sum()),
+                duplicates=int((mine & ~kept).sum()),
+                empty=sum(index.empty for index in indices if index.input_index == number),
+            )
+        )
+    return records
+
+
+def _held_out(
+    keys: npt.NDArray[np.uint64], kept: npt.NDArray[np.bool_], holdout: float
+) -> npt.NDArray[np.bool_]:
+    """Documents whose key, as a fraction of 2^64, is below ``holdout``. Of the kept ones at least one
+    is held out and at least one is not, unless ``holdout`` is 0 or 1."""
+    chosen = (keys >> np.uint64(11)) * 2.0**-53 < holdout
+    if 0 < holdout < 1:
+        order = np.flatnonzero(kept)[np.argsort(keys[kept], kind="stable")]
+        chosen[order[-1]] = False
+        chosen[order[0]] = True
+    return chosen
+
+
+def _splits(document: Tokens, held_out: bool, cut: float | None) -> Iterator[tuple[str, Tokens]]:
+    """The splits a document goes to: one, but the only document of all is cut and its end held out."""
+    if cut is None:
+        yield (VALIDATION if held_out else TRAIN), document
+        return
+    end = len(document) - round(cut * len(document))
+    end = min(max(end, 1), len(document) - 1)
+    yield TRAIN, document[:end]
+    yield VALIDATION, document[end:]

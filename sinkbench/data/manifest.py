@@ -1,0 +1,119 @@
+"""The manifest of a prepared folder: what is in it and how to tell that it is whole.
+
+A prepared folder holds ``train.bin/.idx`` and ``validation.bin/.idx`` (megatron IndexedDataset), the
+tokenizer's files in ``tokenizer/`` and ``manifest.json``, which is written last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sinkbench.errors import DataError
+
+MANIFEST = "manifest.json"
+TRAIN = "train"
+VALIDATION = "validation"
+SPLITS = (TRAIN, VALIDATION)
+SCHEMA: Literal[1] = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(_Record):
+    bytes: int
+    sha256: str
+
+
+class TokenizerRecord(_Record):
+    kind: Literal["sentencepiece", "huggingface"]
+    path: str
+    """of its main file, relative to the folder."""
+    sha256: str
+    """of that file."""
+    vocab_size: int
+    """one more than the largest token id."""
+    eos_id: int
+    """the token that ends every document."""
+
+
+class InputRecord(_Record):
+    """What one INPUT gave; duplicates count for the input in which they are the later copy."""
+
+    input: str
+    documents: int
+    tokens: int
+    duplicates: int
+    empty: int
+
+
+class Manifest(_Record):
+    schema_version: Literal[1] = SCHEMA
+    request: str
+    """sha256 of the inputs (names, sizes, times of change) and of the options."""
+    documents: dict[str, int]
+    """per split."""
+    tokens: dict[str, int]
+    """per split, the closing EOS of each document included."""
+    duplicates: int
+    """documents left out because an earlier one has the same text."""
+    empty: int
+    """documents left out because they hold nothing but white space."""
+    inputs: list[InputRecord]
+    tokenizer: TokenizerRecord
+    dtype: Literal["uint16", "int32"]
+    files: dict[str, FileRecord]
+    """of the .bin and .idx files; a split without documents has none."""
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder.
+
+    Raises:
+        DataError: the folder or the manifest is absent, damaged, or of another version.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(str(folder), "no such folder", "prepare it with `sinkbench data prepare`")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        problem = f"has no {MANIFEST}"
+        raise DataError(str(folder), problem, "prepare it with `sinkbench data prepare`") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(str(path), f"cannot be read ({error})", "prepare the folder again") from error
+    try:
+        return Manifest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the file"
+        problem = f"{key} is not as sinkbench writes it ({first['msg']})"
+        remedy = "prepare the folder again with this version of sinkbench"
+        raise DataError(str(path), problem, remedy) from error
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Compares the sizes of the token files with the manifest, which reads none of them.
+
+    Raises:
+        DataError: a file is missing, too short or too long.
+    """
+    for name, record in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(str(path), "is missing", "copy it again, or prepare the folder again")
+        size = path.stat().st_size
+        if size != record.bytes:
+            problem = f"has {size} bytes where the manifest says {record.bytes}"
+            raise DataError(str(path), problem, "copy it again, or prepare the folder again")

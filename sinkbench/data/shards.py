@@ -1,0 +1,116 @@
+"""What one worker does with one unit of documents: hash, tokenise, write a shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from sinkbench.data.documents import Unit, documents, text_hash
+from sinkbench.data.tokenizer import Tokenizer, load_tokenizer
+
+_BATCH = 64
+"""Documents given to the tokenizer at a time."""
+
+Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
+"""One-dimensional, uint16 or int32."""
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
+    """The type of stored token ids, by the rule of megatron's ``DType.optimal_dtype``."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a shard holds, without the tokens.
+
+    Attributes:
+        lengths: tokens of each document, its closing EOS included, int64.
+        hashes: uint64 [documents, 2], see ``text_hash``.
+        input_index: the input that the unit belongs to.
+        empty: documents left out because they hold nothing but white space.
+    """
+
+    lengths: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
+    input_index: int
+    empty: int
+
+    @classmethod
+    def load(cls, path: Path) -> ShardIndex:
+        with np.load(path) as arrays:
+            input_index, empty = (int(count) for count in arrays["counts"])
+            return cls(arrays["lengths"], arrays["hashes"], input_index, empty)
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"{index:07d}.npz"
+
+
+def load_documents(path: Path) -> list[Tokens]:
+    """The tokens of each document of a shard."""
+    with np.load(path) as arrays:
+        return np.split(arrays["tokens"], np.cumsum(arrays["lengths"]))[:-1]
+
+
+def _save(path: Path, tokens: Tokens, index: ShardIndex) -> None:
+    """Writes a shard under a temporary name, then renames it: a shard that exists is whole."""
+    temporary = path.with_suffix(".tmp")
+    counts = np.array([index.input_index, index.empty])
+    with temporary.open("wb") as stream:
+        np.savez(stream, tokens=tokens, lengths=index.lengths, hashes=index.hashes, counts=counts)
+    temporary.replace(path)
+
+
+def make_tokenise(tokenizer: Path, text_field: str, folder: Path) -> Callable[[tuple[int, Unit]], int]:
+    """A function that writes the shard of (index, unit) into ``folder`` and returns the unit's size."""
+    return partial(_tokenise, load_tokenizer(tokenizer), text_field, folder)
+
+
+def make_sample(text_field: str, share: float) -> Callable[[Unit], tuple[int, list[tuple[bytes, str]]]]:
+    """A function that returns a unit's size and (hash, text) of ``share`` of its documents, chosen by
+    hash."""
+    return partial(_sample, text_field, share)
+
+
+def _tokenise(tokenizer: Tokenizer, text_field: str, folder: Path, job: tuple[int, Unit]) -> int:
+    number, unit = job
+    texts = [text for piece in unit.pieces for text in documents(piece, text_field)]
+    filled = [text for text in texts if text and not text.isspace()]
+    rows = [
+        np.append(ids, tokenizer.eos_id)
+        for start in range(0, len(filled), _BATCH)
+        for ids in tokenizer.encode(filled[start : start + _BATCH])
+    ]
+    tokens = np.concatenate([*rows, np.zeros(0, np.int32)])
+    hashes = np.frombuffer(b"".join(map(text_hash, filled)), "<u8").astype(np.uint64)
+    index = ShardIndex(
+        lengths=np.array([len(row) for row in rows], np.int64),
+        hashes=hashes.reshape(-1, 2),
+        input_index=unit.input_index,
+        empty=len(texts) - len(filled),
+    )
+    _save(shard_path(folder, number), tokens.astype(token_dtype(tokenizer.vocab_size)), index)
+    return unit.size
+
+
+def _sample(text_field: str, share: float, unit: Unit) -> tuple[int, list[tuple[bytes, str]]]:
+    chosen = []
+    for piece in unit.pieces:
+        for text in documents(piece, text_field):
+            digest = text_hash(text)
+            if sample_key(digest) < share * 2**64:
+                chosen.append((digest, text))
+    return unit.size, chosen
+
+
+def sample_key(digest: bytes) -> int:
+    """Orders documents for the tokenizer's sample: by the half of the hash that does not choose what
+    is held out."""
+    return int.from_bytes(digest[8:], "little")
