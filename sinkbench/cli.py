@@ -33,7 +33,14 @@ SUBCOMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser(arguments).parse_args(arguments)
+    parser = build_parser(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    # argparse takes KEY=VALUE words only where they follow RECIPE at once, not after an option.
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    if len(overrides) < len(rest) or (overrides and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides:
+        args.overrides += overrides
     return run_command(lambda: import_module(args.module).run(args))
 
 

@@ -1,0 +1,304 @@
+"""``sinkbench sweep``: every run of a recipe's sweep, each in a process and a folder of its own."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+
+from sinkbench import plugins, recipe
+from sinkbench.config import Config
+from sinkbench.errors import DataError, RecipeError
+from sinkbench.files import write_atomically
+from sinkbench.recipe import Recipe
+from sinkbench.report.table import comparison_table
+from sinkbench.run_folder import folder_of, refuse_other_recipe, write_json
+
+POLL_S = 0.2
+END_WAIT_S = 30.0
+"""Time for a run to write what it must after it is asked to end."""
+
+
+@dataclass(frozen=True, eq=False)
+class SweepRun:
+    """One run: its folder, validated recipe, and what tables call it."""
+
+    label: str
+    attention: str
+    folder: Path
+    config: Config
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def started(self) -> bool:
+        return (self.folder / "manifest.json").exists()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe with a sweep")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for training, for every run")
+    parser.add_argument("--plan", action="store_true", help="write the runs' recipes, print their commands")
+    parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--nproc-per-node", type=_positive, default=1, metavar="N", help="processes of each run (torchrun)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a sweep; the exit code is 1 if any of its runs failed.
+
+    Raises:
+        RecipeError: the recipe has no sweep, or a run of it is wrong; nothing was written then.
+        PluginError: a plugin of some run is wrong.
+        HostError: a folder cannot be written.
+    """
+    loaded = recipe.load(args.recipe, args.overrides)
+    runs = plan(loaded)
+    for item in runs:
+        if not item.finished:
+            write_atomically(item.folder / "recipe.yaml", recipe.dump(item.config))
+    if args.plan:
+        for item in runs:
+            print(shlex.join(command(item, args.nproc_per_node)))
+        return 0
+    waiting = [item for item in runs if not item.finished]
+    for item in runs:
+        if item.finished:
+            print(f"{item.folder}: already finished", file=sys.stderr)
+    failed = Jobs(args.jobs, args.nproc_per_node).run(waiting)
+    rows = [read_summary(item) for item in runs if item.finished]
+    write_json(runs[0].folder.parent / "summary.json", rows)
+    if rows:
+        print_table(rows)
+    if failed:
+        names = ", ".join(f"{item.label} (exit code {code})" for item, code in failed.items())
+        where = "see their log.txt" if args.jobs > 1 else "see above"
+        print(f"{len(failed)} of {len(runs)} runs failed: {names}; {where}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def plan(loaded: Recipe) -> list[SweepRun]:
+    """The runs of a recipe, all of them checked.
+
+    Raises:
+        RecipeError: there is no sweep, a run is wrong, or its folder holds another recipe's run.
+        PluginError: a plugin of some run is wrong.
+    """
+    if loaded.sweep is None:
+        where = recipe.display(loaded.path)
+        raise RecipeError(where, "it has no sweep", f"train it: python -m sinkbench.pretrain {where}")
+    index = plugins.discover()
+    runs = []
+    for single in recipe.expand(loaded):
+        config = recipe.to_config(single)
+        plugins.resolve(config, index, single.provenance)
+        assert config.label is not None
+        made = single.provenance["label"] == recipe.GENERATED
+        attention = config.model.attention.name if made else config.label
+        runs.append(SweepRun(config.label, attention, folder_of(config), config))
+    if len({item.folder.parent for item in runs}) > 1:
+        where = f"{loaded.provenance['sweep']}: sweep"
+        raise RecipeError(where, "it varies name or output_dir", "leave both out; each run has its label")
+    for item in runs:
+        if item.started:
+            refuse_other_recipe(item.folder, item.config)
+    return runs
+
+
+def command(item: SweepRun, processes: int) -> list[str]:
+    """The command line that trains a run."""
+    launcher = ["-m"]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [sys.executable, *launcher, "sinkbench.pretrain", str(item.folder / "recipe.yaml")]
+
+
+class Jobs:
+    """Runs training processes, some at a time.
+
+    What a run prints goes to log.txt in its folder. A single job shows its own progress on the
+    terminal; several are shown by one bar each, from their metrics.jsonl.
+    """
+
+    def __init__(self, jobs: int, processes: int) -> None:
+        self.jobs = jobs
+        self.processes = processes
+        self.running: dict[SweepRun, subprocess.Popen[bytes]] = {}
+        self.logs: dict[SweepRun, IO[bytes]] = {}
+
+    def run(self, runs: Sequence[SweepRun]) -> dict[SweepRun, int]:
+        """Train all; one that fails does not stop the others.
+
+        Returns:
+            Exit codes of those that failed.
+        """
+        waiting = list(runs)
+        failed: dict[SweepRun, int] = {}
+        with _terminate_as_exit(), Bars(runs, shown=self.jobs > 1) as bars:
+            try:
+                while waiting or self.running:
+                    while waiting and len(self.running) < self.jobs:
+                        self._start(waiting.pop(0))
+                    time.sleep(POLL_S)
+                    for item, process in list(self.running.items()):
+                        code = process.poll()
+                        bars.update(item)
+                        if code is None:
+                            continue
+                        self._forget(item)
+                        if code != 0:
+                            failed[item] = code
+                        bars.end(item, code)
+            finally:
+                self._end_all()
+        return failed
+
+    def _start(self, item: SweepRun) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // (self.jobs * self.processes))
+        log = (item.folder / "log.txt").open("ab")
+        self.logs[item] = log
+        self.running[item] = subprocess.Popen(
+            command(item, self.processes),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log if self.jobs > 1 else None,
+            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+        )
+
+    def _forget(self, item: SweepRun) -> None:
+        del self.running[item]
+        self.logs.pop(item).close()
+
+    def _end_all(self) -> None:
+        for process in self.running.values():
+            process.terminate()
+        deadline = time.monotonic() + END_WAIT_S
+        for item, process in list(self.running.items()):
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            self._forget(item)
+
+
+class Bars:
+    """A progress bar per run on a terminal; elsewhere a line when a run ends."""
+
+    def __init__(self, runs: Sequence[SweepRun], shown: bool) -> None:
+        self.console = Console(stderr=True)
+        texts = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        self.progress = Progress(
+            *texts, console=self.console, disable=not (shown and self.console.is_terminal)
+        )
+        self.shown = shown
+        self.tasks: dict[SweepRun, TaskID] = {
+            item: self.progress.add_task(item.label, total=item.config.train.steps, loss="") for item in runs
+        }
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def update(self, item: SweepRun) -> None:
+        """Read how far a run is."""
+        if self.progress.disable:
+            return
+        line = _last_line(item.folder / "metrics.jsonl")
+        self.progress.update(self.tasks[item], completed=line.get("step", 0))
+        if isinstance(line.get("loss"), float):
+            self.progress.update(self.tasks[item], loss=f"loss {line['loss']:.4f}")
+
+    def end(self, item: SweepRun, code: int) -> None:
+        """Say that a run ended."""
+        if self.shown:
+            state = "finished" if code == 0 else f"failed with exit code {code}, see {item.folder}/log.txt"
+            self.console.print(f"{item.label}: {state}", highlight=False)
+
+
+def read_summary(item: SweepRun) -> dict[str, Any]:
+    """A finished run's numbers under its label.
+
+    Raises:
+        DataError: summary.json is damaged.
+    """
+    path = item.folder / "summary.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            str(path), f"is damaged ({error})", "delete the file to finish the run again"
+        ) from error
+    return {"label": item.label, **values, "attention": item.attention}
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """The main numbers of each run; labels only where they say more than the attention."""
+    if all(row["label"] == row["attention"] for row in rows):
+        rows = [{key: value for key, value in row.items() if key != "label"} for row in rows]
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160  # a file has room
+    console.print(comparison_table(rows))
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """The newest complete line of a JSON-lines file that is being written; {} if there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return {}
+    try:
+        line = json.loads(lines[-1]) if lines else {}
+    except ValueError:  # a line longer than the tail
+        return {}
+    return line if isinstance(line, dict) else {}
+
+
+@contextmanager
+def _terminate_as_exit() -> Iterator[None]:
+    """SIGTERM ends the sweep as Ctrl-C does: by way of ``finally``, so that no run is left behind."""
+
+    def leave(*_: object) -> None:
+        sys.exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
