@@ -111,11 +111,20 @@ class BigramBackcopyConfig(Section):
     """<s> is token 0; the others have a Dirichlet bigram table."""
     num_triggers: PositiveInt = 3
     """the most frequent tokens; after one of them the token before it is repeated."""
-    concentration: PositiveFloat = 0.1
+    concentration: PositiveFloat = 1.0
     """of the Dirichlet prior of each bigram row."""
     seed: NonNegativeInt = 0
     """of the table; the sequences follow the recipe's seed."""
     transforms: list[PluginRef] = []
+
+    @model_validator(mode="after")
+    def _check(self) -> BigramBackcopyConfig:
+        if self.num_triggers > self.vocab_size - 2:
+            raise ValueError(
+                f"num_triggers {self.num_triggers} leaves no other token of vocab_size {self.vocab_size}; "
+                "lower it"
+            )
+        return self
 
 
 class BlendEntry(Section):

@@ -62,9 +62,9 @@ class Chunks:
         starts = np.cumsum(self._lengths) - self._lengths
         earlier = np.cumsum(per_document) - per_document
         number = np.arange(per_document.sum()) - np.repeat(earlier, per_document)
-        offsets = np.repeat(starts, per_document) + number * length
+        offsets: npt.NDArray[np.int64] = np.repeat(starts, per_document) + number * length
         shuffled = _permutation(len(offsets), _EVERY_RUN)
-        return offsets[shuffled][np.argsort(number[shuffled], kind="stable")]
+        return offsets[shuffled[np.argsort(number[shuffled], kind="stable")]]
 
 
 class Epochs:
@@ -92,17 +92,17 @@ class Blend:
     """Sequences of several folders by weight, see ``blend_table``.
 
     Raises:
-        DataError: a weight is so small that its folder would never be read.
+        DataError: a weight is too small to be met within the period.
     """
 
     def __init__(self, parts: Sequence[Epochs], weights: Sequence[float], names: Sequence[str]) -> None:
+        for name, weight in zip(names, weights, strict=True):
+            if weight * BLEND_PERIOD < sum(weights):
+                problem = f"weight {weight} is less than one sequence in {BLEND_PERIOD}"
+                raise DataError(name, problem, "raise the weight, or leave the folder out")
         self._parts = parts
         self._part, self._rank = blend_table(np.array(weights) / sum(weights), BLEND_PERIOD)
         self._per_period = np.bincount(self._part, minlength=len(parts))
-        for name, weight, count in zip(names, weights, self._per_period, strict=True):
-            if not count:
-                problem = f"weight {weight} is less than one sequence in {BLEND_PERIOD}"
-                raise DataError(name, problem, "raise the weight, or leave the folder out")
 
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         periods, offsets = np.divmod(indices, BLEND_PERIOD)
