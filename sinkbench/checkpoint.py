@@ -1,6 +1,6 @@
 """The checkpoints of a run: written whole or not at all, found, checked and pruned.
 
-    checkpoints/step_200/      megatron's distributed files, recipe.yaml, checkpoint.json (written last)
+checkpoints/step_200/      megatron's distributed files, recipe.yaml, checkpoint.json (written last)
 """
 
 from __future__ import annotations
@@ -150,4 +150,3 @@ def _flush(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-

@@ -13,7 +13,7 @@ from sinkbench.errors import PluginError, RecipeError
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
-    from sinkbench.plugins import Resolved
+    from sinkbench.plugins import Chosen, Resolved
 
 T = TypeVar("T")
 
@@ -39,17 +39,11 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
         vocab_size: size of the data's vocabulary.
 
     Raises:
-        RecipeError: model.vocab_size is too small for the data, or the requested backend cannot do
-            what the attention declares.
+        RecipeError: the requested backend cannot do what the attention declares, or the vocabulary
+            does not divide over tensor-parallel ranks.
         PluginError: a plugin built something that its kind does not allow.
     """
     model = config.model
-    if model.vocab_size is not None and model.vocab_size < vocab_size:
-        raise RecipeError(
-            "model.vocab_size",
-            f"{model.vocab_size} is smaller than the data's vocabulary of {vocab_size}",
-            f"write {vocab_size} or more, or leave it out",
-        )
     padded = padded_vocab_size(model.vocab_size or vocab_size)
     if padded % config.parallel.tensor:
         raise RecipeError(
@@ -75,20 +69,31 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
         positional=_built(resolved.positional, context, PositionalSpec),
         loss=_built(resolved.loss, context, LossSpec),
         backend=choose(attention, model.backend),
-        transforms=tuple(t.plugin.build(t.params, context) for t in resolved.transforms),
+        transforms=tuple(_transform(chosen, context) for chosen in resolved.transforms),
         padded_vocab_size=padded,
     )
 
 
-def _built(item: Any, context: BuildContext, kind: type[T]) -> T:
-    result = item.plugin.build(item.params, context)
-    if not isinstance(result, kind):
-        raise PluginError(
-            f"plugin {item.plugin.name} of {item.package}",
-            f"build returned {type(result).__name__}",
-            f"it must return {kind.__name__}",
-        )
-    return result
+def _transform(chosen: Chosen, context: BuildContext) -> Callable[[Batch], Batch]:
+    transform = chosen.plugin.build(chosen.params, context)
+    if not callable(transform):
+        raise _wrong_type(chosen, transform, "a function Batch -> Batch")
+    return transform
+
+
+def _wrong_type(chosen: Chosen, built: object, wanted: str) -> PluginError:
+    return PluginError(
+        f"{chosen.path}: plugin {chosen.plugin.name} of {chosen.package}",
+        f"build returned {type(built).__name__}",
+        f"it must return {wanted}",
+    )
+
+
+def _built(chosen: Chosen, context: BuildContext, kind: type[T]) -> T:
+    built = chosen.plugin.build(chosen.params, context)
+    if not isinstance(built, kind):
+        raise _wrong_type(chosen, built, kind.__name__)
+    return built
 
 
 def build_stages(config: Config, declared: Declarations, layout: Layout) -> list[Any]:

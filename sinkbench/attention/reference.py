@@ -57,7 +57,7 @@ def scores(query_bhqd: Tensor, key_bgkd: Tensor, scale: float, bias_h: Tensor | 
     """scale q.k + bias for every head. The product has the inputs' dtype, the result is float32
     (float64 for float64 inputs)."""
     groups = key_bgkd.shape[1]
-    query = query_bhqd.unflatten(1, (groups, -1))
+    query: Tensor = query_bhqd.unflatten(1, (groups, -1))
     score = (query @ key_bgkd.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
     score = score.to(torch.promote_types(score.dtype, torch.float32)) * scale
     return score if bias_h is None else score + bias_h.to(score.dtype)[:, None, None]
@@ -81,8 +81,8 @@ def attend(
     def block(query: Tensor, position: Tensor) -> Tensor:
         allowed = allowed_qk(position, position_k, window)
         weight = weights(rule, scores(query, key_bgkd, scale, bias_h), allowed, sink_h)
-        weight = weight.to(value_bgkd.dtype).unflatten(1, (value_bgkd.shape[1], -1))
-        return (weight @ value_bgkd.unsqueeze(2)).flatten(1, 2)
+        grouped: Tensor = weight.to(value_bgkd.dtype).unflatten(1, (value_bgkd.shape[1], -1))
+        return (grouped @ value_bgkd.unsqueeze(2)).flatten(1, 2)
 
     batch, heads, length, _ = query_bhqd.shape
     rows = max(1, BLOCK_ELEMENTS // (batch * heads * position_k.numel()))

@@ -5,6 +5,8 @@ Shapes: s local position, b sequence, h local head, g local kv head, d head size
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -60,10 +62,11 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     def parameter(self, name: str) -> Tensor:
         """A declared parameter, ready for use by local heads: the gradient of a replicated one is
         summed over the heads of all tensor-parallel ranks."""
-        value = getattr(self, name)
+        value: Tensor = getattr(self, name)
         if getattr(value, "tensor_model_parallel", False) or self.tp_group.size() == 1:
             return value
-        return tensor_parallel.copy_to_tensor_model_parallel_region(value, group=self.tp_group)
+        summed: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(value, group=self.tp_group)
+        return summed
 
     def problem(self, query_sbhd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor) -> Problem:
         """This rank's part of the attention: its queries, the keys and values of all positions."""
@@ -139,7 +142,8 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         self.local_groups = config.num_query_groups // tp
         self.queries_per_group = config.num_attention_heads // config.num_query_groups
         width = config.kv_channels * config.num_attention_heads
-        linear = dict(config=config, skip_bias_add=False, tp_group=pg_collection.tp, bias=False)
+        linear: dict[str, Any] = {"config": config, "skip_bias_add": False, "bias": False}
+        linear["tp_group"] = pg_collection.tp
         self.linear_qkv = tensor_parallel.ColumnParallelLinear(
             config.hidden_size,
             width + 2 * config.kv_channels * config.num_query_groups,

@@ -98,8 +98,8 @@ class _CpuLoader(importlib.machinery.SourceFileLoader):
             # torch.compile of single elementwise functions costs a CPU host more than it gives.
             module.disable_jit_fuser()
         elif module.__name__ == "megatron.core.tensor_parallel.random":
-            module._get_cuda_rng_state = torch.cuda.get_rng_state
-            module._set_cuda_rng_state = torch.cuda.set_rng_state
+            for name in ("get_rng_state", "set_rng_state"):
+                setattr(module, f"_{name.replace('rng', 'cuda_rng')}", getattr(torch.cuda, name))
 
 
 class _CpuFinder(importlib.abc.MetaPathFinder):
@@ -165,5 +165,5 @@ def _replace_cuda_functions() -> None:
     cuda.stream = stream_context
     cuda.nvtx.range_push = nothing()
     cuda.nvtx.range_pop = nothing()
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
-    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]

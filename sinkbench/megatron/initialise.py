@@ -26,7 +26,7 @@ def _seed(seed: int, name: str) -> int:
 def seeded(seed: int, name: str) -> Iterator[None]:
     """Makes a plugin module's own initialisation reproducible."""
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(_seed(seed, name))
+        torch.manual_seed(_seed(seed, name))
         yield
 
 

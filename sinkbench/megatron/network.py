@@ -132,21 +132,28 @@ class Network(LanguageModule):  # type: ignore[misc]
 
     def forward(self, batch: Batch) -> Tensor:
         """A stage's output: hidden states [s, b, n], or on the last stage the token losses times
-        their weights, float32 [b, s] of the local positions (logits [s, b, v] without targets)."""
+        their weights, float32 [b, s] of the local positions. A batch without targets gives hidden
+        states on the last stage too, normed."""
         tokens = batch["tokens"]
         position = local_positions(tokens.shape[1], self.cp_group, tokens.device)
-        hidden = self.embedding(tokens[:, position], position) if self.pre_process else None
-        hidden = self.decoder(
-            hidden_states=hidden, attention_mask=None, rotary_pos_emb=self._rotation(position)
+        embedded = self.embedding(tokens[:, position], position) if self.pre_process else None
+        hidden: Tensor = self.decoder(
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=self._rotation(position)
         )
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(self.final_norm(hidden), weight=weight)
+        hidden = self.final_norm(hidden)
         if "targets" not in batch:
-            return logits
-        losses = self._token_losses(logits, batch["targets"][:, position])
+            return hidden
+        losses = self._token_losses(self.logits(hidden), batch["targets"][:, position])
         return losses * batch["weights"][:, position]
+
+    def logits(self, normed_hidden_sbn: Tensor) -> Tensor:
+        """This rank's part of the vocabulary, [s, b, v]."""
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
+        logits: Tensor = self.output_layer(normed_hidden_sbn, weight=weight)[0]
+        return logits
 
     def _rotation(self, position: Tensor) -> Tensor | None:
         rotary = self.positional.rotary

@@ -56,7 +56,7 @@ class _GatherSequence(torch.autograd.Function):
 
 def gather_sequence(shard: Tensor, group: Group) -> Tensor:
     """The whole sequence [S, ...] from this rank's part of it [s, ...], with gradients."""
-    result: Tensor = _GatherSequence.apply(shard, group)
+    result: Tensor = _GatherSequence.apply(shard, group)  # type: ignore[no-untyped-call]
     return result
 
 

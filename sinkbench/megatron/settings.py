@@ -98,9 +98,9 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
 
 def _recompute(what: str) -> dict[str, Any]:
     if what == "attention":
-        return dict(recompute_granularity="selective", recompute_modules=["core_attn"])
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     if what == "full":
-        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return {}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ class StepResult:
 class Engine:
     """The model chunks of this rank with their optimizer and schedule."""
 
-    def __init__(self, config: Config, stages: Sequence[torch.nn.Module], layout: Layout) -> None:
+    def __init__(self, config: Config, stages: Sequence[Any], layout: Layout) -> None:
         self.config = config
         self.layout = layout
         self.networks = list(stages)
@@ -92,16 +92,22 @@ class Engine:
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[Batch]) -> None:
-        """Runs the forward pass for its side effects: what hooks on the modules record."""
+        """Runs the forward pass, without the output projection, for what hooks on the modules see."""
         for stage in self.stages:
             stage.eval()
-        self._run(micro_batches, forward_only=True)
+        self._run(micro_batches, forward_only=True, forward_step=_forward_without_loss)
 
-    def _run(self, micro_batches: Sequence[Batch], *, forward_only: bool) -> list[Tensor]:
+    def _run(
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        forward_only: bool,
+        forward_step: Callable[[Any, Any], tuple[Tensor, Any]] | None = None,
+    ) -> list[Tensor]:
         iterators = [iter(micro_batches) for _ in self.stages]
         size, length = micro_batches[0]["tokens"].shape
         reports: list[Tensor] = self._forward_backward(
-            forward_step_func=_forward_step,
+            forward_step_func=forward_step or _forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.stages if len(self.stages) > 1 else self.stages[0],
             num_microbatches=len(micro_batches),
@@ -128,6 +134,11 @@ class Engine:
 def _forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Any]:
     batch = next(iterator)
     return stage(batch), partial(_sum_loss, batch, stage)
+
+
+def _forward_without_loss(iterator: Any, stage: Any) -> tuple[Tensor, Any]:
+    batch = {key: value for key, value in next(iterator).items() if key != "targets"}
+    return stage(batch), lambda output: (output, {})
 
 
 def _sum_loss(batch: Batch, stage: Any, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,95 @@
+"""What a run was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sinkbench
+
+if TYPE_CHECKING:
+    from sinkbench.megatron.parallel import Layout
+    from sinkbench.model import Declarations
+    from sinkbench.plugins import Resolved
+
+PACKAGES = ("torch", "megatron-core", "numpy", "pluggy", "triton")
+OPTIONAL = ("transformer-engine", "flash-attn", "flash-attn-4", "flash-linear-attention", "liger-kernel")
+
+
+def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: str) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Args:
+        data: fingerprint of the data source.
+    """
+    parallel = declared.context.config.parallel
+    return {
+        "sinkbench": sinkbench.__version__,
+        "git": git_commit(Path(sinkbench.__file__).parent),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "command": sys.argv,
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "optional_packages": {name: _version(name) for name in OPTIONAL} | {"apex": _apex()},
+        "device": device_name(layout.device),
+        "processes": layout.world_size,
+        "parallel": {**parallel.model_dump(), "data": layout.data_size},
+        "attention_backend": declared.backend.name,
+        "plugins": {
+            chosen.path: {
+                "name": chosen.plugin.name,
+                "package": chosen.package.distribution,
+                "version": chosen.package.version,
+                "module": chosen.package.module,
+            }
+            for chosen in resolved
+        },
+        "data": data,
+        "vocab_size": declared.context.vocab_size,
+        "padded_vocab_size": declared.padded_vocab_size,
+    }
+
+
+def git_commit(folder: Path) -> str | None:
+    """The commit of the checkout sinkbench runs from, with -dirty for local changes; None for an
+    installed package."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def device_name(device: Any) -> str:
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _apex() -> bool:
+    """NVIDIA Apex, told from the other project of that name by what it offers."""
+    try:
+        import amp_C  # noqa: F401
+        from apex.optimizers import FusedAdam  # noqa: F401
+    except ImportError:
+        return False
+    return True

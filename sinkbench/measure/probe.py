@@ -1,0 +1,53 @@
+"""The sink probe: fixed held-out sequences through the model, metrics over every layer and head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sinkbench.api import Batch, Metric
+from sinkbench.measure.capture import Recorder
+
+if TYPE_CHECKING:
+    from sinkbench.megatron.training import Engine
+
+MAX_BATCH = 64
+"""Probe sequences per forward pass: bounds the memory of one layer's attention weights."""
+
+
+class Probe:
+    """Runs the metrics on a fixed set of sequences, alike under every parallel layout: data-parallel
+    replicas all run the whole set, which is small against a step.
+
+    Args:
+        sequences: arrays [count, length] by name, "tokens" among them.
+    """
+
+    def __init__(
+        self, metrics: dict[str, Metric], sequences: Mapping[str, np.ndarray], engine: Engine
+    ) -> None:
+        self.metrics = metrics
+        self.engine = engine
+        self.count = len(sequences["tokens"])
+        self.micro_batches = _split(sequences, engine.config.parallel.pipeline, engine.layout.device)
+
+    def run(self) -> dict[str, float | list[Any]]:
+        """Floats and nested lists by name, the same on all ranks. All ranks call it."""
+        recorder = Recorder(self.metrics, self.micro_batches, self.engine.layout)
+        with recorder.attached(self.engine.networks):
+            self.engine.forward(self.micro_batches)
+        return recorder.results(self.count)
+
+
+def _split(sequences: Mapping[str, np.ndarray], stages: int, device: torch.device) -> list[Batch]:
+    """Equal micro-batches, a multiple of the pipeline stages as the interleaved schedule needs; the
+    last sequence is repeated to fill them, and its repeats are not counted."""
+    count = len(sequences["tokens"])
+    parts = -(-max(stages, -(-count // MAX_BATCH)) // stages) * stages
+    size = -(-count // parts)
+    index = torch.arange(parts * size).clamp(max=count - 1)
+    whole = {name: torch.as_tensor(array)[index].to(device) for name, array in sequences.items()}
+    return [{name: x[i * size : (i + 1) * size] for name, x in whole.items()} for i in range(parts)]

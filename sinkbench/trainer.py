@@ -1,0 +1,297 @@
+"""The training loop: schedule of steps, logging, validation, probes and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from sinkbench import flops, manifest
+from sinkbench.api import Batch
+from sinkbench.checkpoint import CheckpointStore
+from sinkbench.config import Config
+from sinkbench.data.loader import micro_batches
+from sinkbench.data.source import SequenceSource, open_source
+from sinkbench.errors import RecipeError, SinkbenchError
+from sinkbench.measure.probe import Probe
+from sinkbench.model import Declarations, build_stages, declare
+from sinkbench.progress import Bar, Sink, open_sinks
+from sinkbench.run_folder import RunFolder, folder_of, write_json
+
+if TYPE_CHECKING:
+    from sinkbench.megatron.parallel import Layout
+    from sinkbench.plugins import Resolved
+
+T = TypeVar("T")
+
+DEFAULT_MICRO_BATCH = 16
+"""Largest micro-batch chosen when the recipe leaves it open."""
+
+
+def train(config: Config, resolved: Resolved) -> dict[str, Any]:
+    """Trains a recipe to its last step, from the newest checkpoint of its run folder if there is one.
+
+    Every process of the job calls it.
+
+    Returns:
+        The summary of the run, on the main process; an empty dict elsewhere.
+    """
+    from sinkbench.megatron import parallel
+
+    processes = parallel.world_size()
+    parallel.check_world_size(config.parallel, processes)
+    micro_batch = micro_batch_size(config, processes // config.parallel.model_size)
+    source = open_source(config)
+    declared = declare(config, resolved, source.vocab_size)
+    with parallel.running(config) as layout:
+        return Trainer(config, resolved, declared, source, layout, micro_batch).run()
+
+
+def micro_batch_size(config: Config, data_size: int) -> int:
+    """Sequences per forward pass on one data-parallel rank: the recipe's, or the largest divisor of the
+    rank's share up to 16 that keeps the pipeline filled.
+
+    Raises:
+        RecipeError: the global batch does not divide.
+    """
+    total, stages = config.train.global_batch_size, config.parallel.pipeline
+    share, rest = divmod(total, data_size)
+    if rest:
+        raise RecipeError(
+            "train.global_batch_size",
+            f"{total} is not divisible by the data-parallel size {data_size}",
+            "change it, or the number of processes",
+        )
+    size = config.train.micro_batch_size
+    if size is None:
+        most = max(1, min(DEFAULT_MICRO_BATCH, share // stages))
+        size = max(n for n in range(1, most + 1) if share % n == 0)
+    if share % size:
+        raise RecipeError(
+            "train.micro_batch_size",
+            f"{size} does not divide the {share} sequences of one data-parallel rank",
+            f"write a divisor of {share}",
+        )
+    if config.parallel.virtual_pipeline > 1 and (share // size) % stages:
+        raise RecipeError(
+            "train.micro_batch_size",
+            f"the interleaved pipeline needs a multiple of {stages} micro-batches, not {share // size}",
+            "change train.micro_batch_size or train.global_batch_size",
+        )
+    return size
+
+
+class Trainer:
+    """One run. Everything here is called on all ranks unless it says otherwise."""
+
+    def __init__(
+        self,
+        config: Config,
+        resolved: Resolved,
+        declared: Declarations,
+        source: SequenceSource,
+        layout: Layout,
+        micro_batch: int,
+    ) -> None:
+        from sinkbench.megatron.training import Engine
+
+        self.config = config
+        self.declared = declared
+        self.source = source
+        self.layout = layout
+        self.micro_batch = micro_batch
+        self.folder = on_main(layout, lambda: RunFolder(config))
+        self.manifest = manifest.describe(resolved, declared, layout, source.fingerprint)
+        self.engine = Engine(config, build_stages(config, declared, layout), layout)
+        self.store = CheckpointStore(folder_of(config) / "checkpoints")
+        self.probe = self._make_probe(resolved)
+        self.flops_per_token = flops.flops_per_token(config.model, source.vocab_size)
+        self.peak = flops.peak(manifest.device_name(layout.device), config.train.precision)
+        self.tokens = 0
+        self.sinks: list[Sink] = []
+
+    def _make_probe(self, resolved: Resolved) -> Probe | None:
+        measure = self.config.measure
+        if not measure.every:
+            return None
+        context = self.declared.context
+        metrics: dict[str, Any] = {
+            chosen.plugin.name: chosen.plugin.build(chosen.params, context) for chosen in resolved.metrics
+        }
+        return Probe(metrics, self.source.probe(measure.count, measure.length), self.engine)
+
+    def run(self) -> dict[str, Any]:
+        start = self._resume()
+        on_main(self.layout, lambda: self._begin(start))
+        try:
+            self._train(start)
+            return self._finish()
+        finally:
+            for sink in self.sinks:
+                sink.close()
+            if self.folder is not None:
+                self.folder.close()
+
+    def _begin(self, start: int) -> None:
+        assert self.folder is not None
+        self.folder.begin(start, self.manifest)
+        self.sinks = open_sinks(self.config, self.folder.path, start)
+
+    def _resume(self) -> int:
+        checkpoint = self.store.latest()
+        if checkpoint is None:
+            return 0
+        if checkpoint.step > self.config.train.steps:
+            raise RecipeError(
+                "train.steps",
+                f"{self.config.train.steps} is below the checkpoint's step {checkpoint.step}",
+                "raise it, or set another name",
+            )
+        self.store.load(self.engine, checkpoint)
+        self.tokens = checkpoint.step * self.config.train.global_batch_size * self.config.model.seq_length
+        return checkpoint.step
+
+    def _train(self, start: int) -> None:
+        config, steps = self.config, self.config.train.steps
+        batches = self._batches(start)
+        if start == 0:
+            self._probe(0)
+        elapsed, counted = 0.0, 0
+        for step in range(start + 1, steps + 1):
+            began = time.perf_counter()
+            lr = self.engine.optimizer.param_groups[0]["lr"]
+            result = self.engine.train_step(next(batches))
+            elapsed += time.perf_counter() - began
+            counted += result.tokens
+            self.tokens += result.tokens
+            for sink in self.sinks:
+                if isinstance(sink, Bar):
+                    sink.step(step)
+            if due(step, config.log.every, steps) or step == 1:
+                self._log_step(step, result.loss, lr, result.grad_norm, counted / elapsed)
+                elapsed, counted = 0.0, 0
+            if config.validation.every and due(step, config.validation.every, steps):
+                self._validate(step)
+            if config.measure.every and due(step, config.measure.every, steps):
+                self._probe(step)
+            if due(step, config.checkpoint.every, steps):
+                self._save(step)
+
+    def _log_step(self, step: int, loss: float, lr: float, grad_norm: float, rate: float) -> None:
+        mfu = None
+        if self.peak is not None:
+            mfu = 100 * rate * self.flops_per_token / (self.peak * self.layout.world_size)
+        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": self.tokens}
+        self._log(step, "train", {**values, "tokens_per_second": rate, "mfu": mfu})
+
+    def _batches(self, start: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of each step, on its device, after the recipe's transforms."""
+        share = self.config.train.global_batch_size // self.layout.data_size
+        loader = micro_batches(
+            self.source,
+            start_step=start,
+            global_batch_size=self.config.train.global_batch_size,
+            micro_batch_size=self.micro_batch,
+            dp_rank=self.layout.data_rank,
+            dp_size=self.layout.data_size,
+        )
+        while True:
+            yield [self._ready(next(loader)) for _ in range(share // self.micro_batch)]
+
+    def _ready(self, batch: Batch) -> Batch:
+        batch = {name: x.to(self.layout.device, non_blocking=True) for name, x in batch.items()}
+        for transform in self.declared.transforms:
+            batch = transform(batch)
+        return self.declared.loss.transform(batch)
+
+    def _validate(self, step: int) -> None:
+        """Token loss of each held-out domain, and over all of them."""
+        losses: dict[str, float] = {}
+        total = tokens = 0.0
+        for domain in self.source.domains:
+            loss, count = self.engine.evaluate(self._held_out(domain))
+            losses[f"loss/{domain}"] = loss
+            total, tokens = total + loss * count, tokens + count
+        self._log(step, "validation", {"loss": total / tokens, **losses})
+
+    def _held_out(self, domain: str) -> list[Batch]:
+        """This rank's micro-batches of a domain: the same sequences under every layout, filled up with
+        sequences of weight 0."""
+        held_out = self.source.validation(domain)
+        count = min(self.config.validation.sequences, len(held_out))
+        ranks, size, stages = self.layout.data_size, self.micro_batch, self.config.parallel.pipeline
+        parts = -(-count // (ranks * size * stages)) * stages
+        arrays = held_out.sequences(0, count)
+        index = torch.arange(parts * size) + self.layout.data_rank * parts * size
+        batches = []
+        for rows in index.split(size):
+            at = rows.clamp(max=count - 1)
+            batch = self._ready({name: torch.as_tensor(array)[at] for name, array in arrays.items()})
+            real = (rows < count).to(batch["weights"].device)
+            batches.append(batch | {"weights": batch["weights"] * real[:, None]})
+        return batches
+
+    def _probe(self, step: int) -> None:
+        if self.probe is None:
+            return
+        results = self.probe.run()
+        floats = {name: value for name, value in results.items() if isinstance(value, int | float)}
+        self._log(step, "probe", floats)
+        if self.folder is not None:
+            path = self.folder.path / "measure" / f"step_{step}.json"
+            write_json(path, {"step": step, "metrics": results})
+
+    def _save(self, step: int) -> None:
+        text = self.folder.recipe_text if self.folder is not None else ""
+        self.store.save(self.engine, step, text, self.config.checkpoint)
+
+    def _log(self, step: int, event: str, values: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.log(step, event, values)
+        for sink in self.sinks:
+            sink.log(step, event, values)
+
+    def _finish(self) -> dict[str, Any]:
+        """Writes summary.json. The loss is the held-out one where there is one."""
+        if self.folder is None:
+            return {}
+        known = self.folder.latest_events()
+        train, validation, probe = (known.get(event, {}) for event in ("train", "validation", "probe"))
+        summary = {
+            "name": self.config.name,
+            "attention": self.config.label or self.config.model.attention.name,
+            "step": self.config.train.steps,
+            "loss": validation.get("loss", train.get("loss")),
+            "train_loss": train.get("loss"),
+            "tokens": self.tokens,
+            "tokens_per_second": train.get("tokens_per_second"),
+            "mfu": train.get("mfu"),
+            **{key: value for key, value in validation.items() if key.startswith("loss/")},
+            **{key: value for key, value in probe.items() if key not in ("step", "event")},
+        }
+        write_json(self.folder.path / "summary.json", summary)
+        return summary
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Every so many steps, and after the last one."""
+    return step == steps or (every > 0 and step % every == 0)
+
+
+def on_main(layout: Layout, function: Callable[[], T]) -> T | None:
+    """Calls a function on the main process; a user's error there is raised on all."""
+    result: T | None = None
+    error: list[SinkbenchError | None] = [None]
+    if layout.is_main:
+        try:
+            result = function()
+        except SinkbenchError as caught:
+            error[0] = caught
+    if layout.world_size > 1:
+        dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]
+    return result
