@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -192,7 +193,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
     texts give the same file.
 
     Raises:
-        DataError: there is too little text for the vocabulary size.
+        DataError: the vocabulary size does not suit the text.
     """
     import sentencepiece
 
@@ -204,7 +205,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
             model_type="bpe",
             vocab_size=vocab_size,
             byte_fallback=True,
-            character_coverage=0.9999,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
@@ -215,12 +215,21 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> No
             minloglevel=2,
         )
     except RuntimeError as error:
-        # The library's message ends in "Please set it to a value <= 287." where it knows the limit.
-        limit = str(error).rpartition("<= ")[2].rstrip(". ")
-        size = f"{limit} or less" if limit.isdigit() else "a smaller vocabulary"
-        problem = f"the text is too little for a vocabulary of {vocab_size}"
-        raise DataError("tokenizer", problem, f"train one of {size}, or give more text") from error
+        raise _training_error(str(error), vocab_size) from error
     path.write_bytes(model.getvalue())
+
+
+def _training_error(message: str, vocab_size: int) -> DataError:
+    """SentencePiece's messages in ours, which name the sizes that the text allows."""
+    if found := re.search(r"smaller than required_chars. \d+ vs (\d+)", message):
+        problem = f"a vocabulary of {vocab_size} cannot hold the text's characters"
+        return DataError("tokenizer", problem, f"train one well above {found[1]} tokens")
+    if found := re.search(r"set it to a value <= (\d+)", message):
+        problem = f"the text is too little for a vocabulary of {vocab_size}"
+        return DataError("tokenizer", problem, f"train one of {found[1]} or fewer tokens, or give more text")
+    if "!sentences_.empty()" in message:
+        return DataError("tokenizer", "there is no text to train it on", "give files that hold text")
+    return DataError("tokenizer", f"SentencePiece cannot train it ({message})", "use a given tokenizer")
 
 
 def _lines(texts: Iterable[str]) -> Iterator[str]:
