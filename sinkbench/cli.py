@@ -32,7 +32,10 @@ SUBCOMMANDS = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_command(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(arguments: Sequence[str]) -> int | None:
     parser = build_parser(arguments)
     args, rest = parser.parse_known_args(arguments)
     # argparse takes KEY=VALUE words only where they follow RECIPE at once, not after an option.
@@ -41,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if overrides:
         args.overrides += overrides
-    return run_command(lambda: import_module(args.module).run(args))
+    code: int | None = import_module(args.module).run(args)
+    return code
 
 
 def build_parser(arguments: Sequence[str]) -> Parser:

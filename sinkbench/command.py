@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -20,10 +21,10 @@ _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUO
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors end a command as all others do."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(EXIT_CODE, f"{self.prog}: {message}; see {self.prog} --help\n")
+        raise SinkbenchError(self.prog, message, f"see {self.prog} --help")
 
 
 def run_command(function: Callable[[], int | None]) -> int:
@@ -45,8 +46,10 @@ def run_command(function: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        if _stdout_is_open():
+        if not _reader_has_left():
             raise  # a connection of the job, not our output
+        # Python flushes again at exit, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is None:
@@ -63,11 +66,11 @@ def _report(error: SinkbenchError) -> int:
     return EXIT_CODE
 
 
-def _stdout_is_open() -> bool:
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes again at exit, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        poll.register(sys.stdout, 0)
+    except OSError:  # not a file of the system
         return False
-    return True
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
