@@ -17,6 +17,7 @@ from sinkbench.data.loader import micro_batches
 from sinkbench.data.source import SequenceSource, open_source
 from sinkbench.errors import RecipeError, SinkbenchError
 from sinkbench.measure.probe import Probe
+from sinkbench.measure.results import StepMetrics, write
 from sinkbench.model import Declarations, build_stages, declare
 from sinkbench.progress import Bar, Sink, open_sinks
 from sinkbench.run_folder import RunFolder, folder_of, write_json
@@ -242,7 +243,7 @@ class Trainer:
         self._log(step, "probe", floats)
         if self.folder is not None:
             path = self.folder.path / "measure" / f"step_{step}.json"
-            write_json(path, {"step": step, "metrics": results})
+            write(path, StepMetrics(step=step, metrics=results))
 
     def _save(self, step: int) -> None:
         text = self.folder.recipe_text if self.folder is not None else ""

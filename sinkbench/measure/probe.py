@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+import numpy.typing as npt
 import torch
 
 from sinkbench.api import Batch, Metric
 from sinkbench.measure.capture import Recorder
 
 if TYPE_CHECKING:
-    from sinkbench.megatron.training import Engine
+    from sinkbench.megatron.parallel import Layout
 
 MAX_BATCH = 64
 """Probe sequences per forward pass: bounds the memory of one layer's attention weights."""
+
+
+class Model(Protocol):
+    """A model in training (megatron.training.Engine) or alone (megatron.single.SingleModel)."""
+
+    networks: list[Any]
+    layout: Layout
+
+    def forward(self, micro_batches: Sequence[Batch]) -> None: ...
 
 
 class Probe:
@@ -27,22 +36,22 @@ class Probe:
     """
 
     def __init__(
-        self, metrics: dict[str, Metric], sequences: Mapping[str, np.ndarray], engine: Engine
+        self, metrics: dict[str, Metric], sequences: Mapping[str, npt.NDArray[Any]], model: Model
     ) -> None:
         self.metrics = metrics
-        self.engine = engine
+        self.model = model
         self.count = len(sequences["tokens"])
-        self.micro_batches = _split(sequences, engine.config.parallel.pipeline, engine.layout.device)
+        self.micro_batches = _split(sequences, model.layout.groups.pp.size(), model.layout.device)
 
     def run(self) -> dict[str, float | list[Any]]:
         """Floats and nested lists by name, the same on all ranks. All ranks call it."""
-        recorder = Recorder(self.metrics, self.micro_batches, self.engine.layout)
-        with recorder.attached(self.engine.networks):
-            self.engine.forward(self.micro_batches)
+        recorder = Recorder(self.metrics, self.micro_batches, self.model.layout)
+        with recorder.attached(self.model.networks):
+            self.model.forward(self.micro_batches)
         return recorder.results(self.count)
 
 
-def _split(sequences: Mapping[str, np.ndarray], stages: int, device: torch.device) -> list[Batch]:
+def _split(sequences: Mapping[str, npt.NDArray[Any]], stages: int, device: torch.device) -> list[Batch]:
     """Equal micro-batches, a multiple of the pipeline stages as the interleaved schedule needs; the
     last sequence is repeated to fill them, and its repeats are not counted."""
     count = len(sequences["tokens"])
