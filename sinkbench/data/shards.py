@@ -82,7 +82,7 @@ def make_sample(text_field: str, share: float) -> Callable[[Unit], tuple[int, li
 def _tokenise(tokenizer: Tokenizer, text_field: str, folder: Path, job: tuple[int, Unit]) -> int:
     number, unit = job
     texts = [text for piece in unit.pieces for text in documents(piece, text_field)]
-    filled = [text for text in texts if text and not text.isspace()]
+    filled = [text for text in texts if _has_text(text)]
     rows = [
         np.append(ids, tokenizer.eos_id)
         for start in range(0, len(filled), _BATCH)
@@ -105,9 +105,13 @@ def _sample(text_field: str, share: float, unit: Unit) -> tuple[int, list[tuple[
     for piece in unit.pieces:
         for text in documents(piece, text_field):
             digest = text_hash(text)
-            if sample_key(digest) < share * 2**64:
+            if _has_text(text) and sample_key(digest) < share * 2**64:
                 chosen.append((digest, text))
     return unit.size, chosen
+
+
+def _has_text(text: str) -> bool:
+    return bool(text) and not text.isspace()
 
 
 def sample_key(digest: bytes) -> int:
