@@ -43,7 +43,7 @@ def _run(arguments: Sequence[str]) -> int | None:
     if len(overrides) < len(rest) or (overrides and not hasattr(args, "overrides")):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if overrides:
-        args.overrides += overrides
+        args.overrides = [*args.overrides, *overrides]
     code: int | None = import_module(args.module).run(args)
     return code
 

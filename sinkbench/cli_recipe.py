@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     show.add_argument(
         "recipe", metavar="RECIPE", help="a path, the name of a shipped recipe, or package:name"
     )
-    show.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for training")
+    show.add_argument("overrides", nargs="*", default=(), metavar="KEY=VALUE", help="as for training")
     show.add_argument("--json", action="store_true", help="print JSON")
     commands.add_parser("list", help="the recipes that are installed")
 

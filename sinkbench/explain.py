@@ -117,8 +117,10 @@ def _written(location: Location, values: Any, missing: bool) -> list[int | str]:
 def _known_keys(key: str, word: str, section: Location, schema: type[BaseModel], also: Iterable[str]) -> str:
     """The remedy for an unknown key: a near one of its section, or of another."""
     here = {*_keys(_models_at(section, schema)), *also}
-    if not difflib.get_close_matches(word, here, n=1):
-        elsewhere = {path.split(".")[-1]: path for path in _all_keys(schema, "") if path != key}
+    everywhere = set(_all_keys(schema, ""))
+    # A key that exists under this path belongs to another member of a union.
+    if key not in everywhere and not difflib.get_close_matches(word, here, n=1):
+        elsewhere = {path.split(".")[-1]: path for path in sorted(everywhere)}
         close = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.8)
         if close:
             return f"did you mean {elsewhere[close[0]]}?"

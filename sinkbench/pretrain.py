@@ -6,6 +6,7 @@ with a run that was interrupted.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -18,13 +19,13 @@ from sinkbench.command import Parser, run_command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="sinkbench.pretrain", description=__doc__)
     parser.add_argument("recipe", help="path or name of a recipe")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace the recipe's")
-    arguments = parser.parse_args(argv)
-    return run_command(lambda: _pretrain(arguments.recipe, arguments.overrides))
+    replace = "values that replace the recipe's"
+    parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=replace)
+    return run_command(lambda: _pretrain(parser.parse_args(argv)))
 
 
-def _pretrain(reference: str, overrides: Sequence[str]) -> None:
-    loaded = recipe.require_single(recipe.load(reference, overrides))
+def _pretrain(arguments: argparse.Namespace) -> None:
+    loaded = recipe.require_single(recipe.load(arguments.recipe, arguments.overrides))
     config = recipe.to_config(loaded)
     resolved = plugins.resolve(config, plugins.discover(), loaded.provenance)
 

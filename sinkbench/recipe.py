@@ -128,7 +128,8 @@ def require_single(recipe: Recipe) -> Recipe:
     if recipe.sweep is not None:
         where = display(recipe.path)
         remedy = f"run `sinkbench sweep {where}`, or add sweep=null for the recipe without it"
-        raise RecipeError(f"{where}: sweep", f"this recipe is a sweep of {len(expand(recipe))} runs", remedy)
+        place = recipe.provenance.get("sweep", where)
+        raise RecipeError(f"{place}: sweep", f"this recipe is a sweep of {len(expand(recipe))} runs", remedy)
     return recipe
 
 

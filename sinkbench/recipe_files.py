@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,23 +35,32 @@ def find(reference: str | Path, folder: Path | None = None, where: str | None = 
             raise RecipeError(
                 where or text, f"no package {package!r} offers recipes", nearest(package, roots)
             )
-        candidates, names = _spellings(roots[package] / name), list_recipes(roots[package])
+        folders = [roots[package]]
     else:
         name, root = text, shipped_root()
-        candidates, names = _spellings((folder or Path()) / text), []
-        if root is not None:
-            candidates += _spellings(root / text)
-            names = list_recipes(root)
+        folders = [folder or Path(), *([root] if root else [])]
+    candidates = [candidate for base in folders for candidate in _spellings(base / name)]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    problem = f"there is no recipe {text!r}" if where else "there is no such recipe"
     if any(candidate.is_dir() for candidate in candidates):
         raise RecipeError(where or text, f"{text!r} is a folder", "name the recipe file in it")
-    remedy = nearest(name if name.endswith(_SUFFIXES) else f"{name}.yaml", names)
-    if not remedy.startswith("did"):
-        remedy = "give a path, or a name that `sinkbench recipe list` shows"
-    raise RecipeError(where or text, problem, remedy)
+    problem = f"there is no recipe {text!r}" if where else "there is no such recipe"
+    raise RecipeError(where or text, problem, _remedy(name, folders))
+
+
+def _remedy(name: str, folders: list[Path]) -> str:
+    """The recipe of a similar name in one of the folders."""
+    path = Path(name)
+    known = {found.stem: path.with_name(found.name) for base in folders for found in _siblings(base / path)}
+    close = difflib.get_close_matches(path.stem, known, n=1)
+    if close:
+        return f"did you mean {known[close[0]]}?"
+    return "give a path, or a name that `sinkbench recipe list` shows"
+
+
+def _siblings(path: Path) -> list[Path]:
+    return sorted(p for suffix in _SUFFIXES for p in path.parent.glob(f"*{suffix}"))
 
 
 def shipped_root() -> Path | None:

@@ -55,7 +55,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(None, None, "an alias is not allowed", mark)
+            raise yaml.composer.ComposerError(
+                None, None, "an alias is not allowed: write the value out", mark
+            )
         return super().compose_node(parent, index)
 
 

@@ -53,7 +53,9 @@ class SweepRun:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe with a sweep")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for training, for every run")
+    parser.add_argument(
+        "overrides", nargs="*", default=(), metavar="KEY=VALUE", help="as for training, for every run"
+    )
     parser.add_argument("--plan", action="store_true", help="write the runs' recipes, print their commands")
     parser.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs at a time (default: 1)")
     parser.add_argument(

@@ -43,6 +43,12 @@ def test_dumped_values_read_back_equal(tree: object) -> None:
     assert yaml.safe_load(text) == tree  # by other programs too
 
 
+@pytest.mark.parametrize("text", ["[" * 5000, "{a: " * 5000])
+def test_nesting_has_a_limit(text: str) -> None:
+    with pytest.raises(RecipeError, match="nested too deeply"):
+        recipe_yaml.parse(text, "text")
+
+
 def test_order_of_layers(write: Write) -> None:
     write("a.yaml", "seed: 1\noptim: {lr: 1e-3, eps: 1e-6}\n")
     write("b.yaml", "seed: 2\noptim: {weight_decay: 0}\n")
