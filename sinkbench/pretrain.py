@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from sinkbench import plugins, recipe
 from sinkbench.command import Parser, run_command
+from sinkbench.errors import SinkbenchError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,7 +32,10 @@ def _pretrain(arguments: argparse.Namespace) -> None:
 
     from sinkbench.trainer import train
 
-    summary = train(config, resolved)
+    try:
+        summary = train(config, resolved)
+    except SinkbenchError as error:
+        raise recipe.locate(error, loaded.provenance) from error
     if summary and int(os.environ.get("RANK", "0")) == 0:
         print(json.dumps(summary))
 

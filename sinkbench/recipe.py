@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from sinkbench import recipe_yaml
 from sinkbench.config import Config, ModelConfig
-from sinkbench.errors import RecipeError
+from sinkbench.errors import RecipeError, SinkbenchError
 from sinkbench.explain import explain
 from sinkbench.recipe_files import find
 from sinkbench.recipe_layers import BLOCKS, Layer, flatten, is_within, merge, nest
@@ -156,6 +156,12 @@ def origin(provenance: dict[str, str], key: str, problem: str = "") -> str | Non
     while key and key not in provenance:
         key = re.sub(r"(\.[^.[]*|\[\d+\]|^[^.[]*)$", "", key)
     return provenance.get(key)
+
+
+def locate(error: SinkbenchError, provenance: dict[str, str]) -> SinkbenchError:
+    """The same error with the file of the key that it blames, if it blames a key that was set."""
+    place = origin(provenance, error.where, error.problem)
+    return type(error)(f"{place}: {error.where}", error.problem, error.remedy) if place else error
 
 
 def display(path: Path) -> str:
