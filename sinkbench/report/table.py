@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -31,7 +31,9 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     table = Table()
     shown = columns.with_values(COLUMNS, rows)
     for column in shown:
-        table.add_column(column.title, justify="right" if column.numeric else "left")
+        justify: Literal["left", "right"] = "right" if column.numeric else "left"
+        # Names stay whole; the long titles over numbers wrap.
+        table.add_column(column.title, justify=justify, no_wrap=not column.numeric)
     for row in rows:
         table.add_row(*(Text(column.cell(row)) for column in shown))  # Text: a label is no markup
     return table
