@@ -232,9 +232,9 @@ class IndexedSource:
         offsets = [chunks.window_offsets(length) for chunks in self._validation.values()]
         found = sum(map(len, offsets))
         if found < count:
-            problem = f"the held-out documents give {found} stretches of {length} tokens, below the {count}"
-            remedy = "hold out more (--holdout), or lower measure.count or measure.length"
-            raise DataError("data", problem + " of measure.count", remedy)
+            problem = f"{count} is above the {found} stretches of {length} tokens in held-out documents"
+            remedy = "hold out more (--holdout), or lower it or measure.length"
+            raise DataError("measure.count", problem, remedy)
         turn = np.concatenate([np.arange(len(of_domain)) for of_domain in offsets])
         domain = np.repeat(np.arange(len(offsets)), [len(of_domain) for of_domain in offsets])
         chosen = np.lexsort((domain, turn))[:count]

@@ -58,7 +58,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout <= 1:
-            raise DataError("holdout", f"{self.holdout} is not a share", "give a number from 0 to 1")
+            raise DataError("--holdout", f"{self.holdout} is not a share", "give a number from 0 to 1")
 
     def hash(self) -> str:
         """Changes with the inputs' names, sizes and times, the tokenizer, and the options."""

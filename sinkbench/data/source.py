@@ -101,10 +101,11 @@ def open_source(config: Config) -> SequenceSource:
 
 def _check_validation(source: SequenceSource) -> None:
     if not source.domains:
-        problem = "no documents are held out, which validation.every needs"
-        raise DataError("data", problem, "prepare with --holdout above 0, or set validation.every=0")
+        problem = "no documents are held out"
+        raise DataError("validation.every", problem, "prepare with --holdout above 0, or set it to 0")
     for domain in source.domains:
         if not len(source.validation(domain)):
-            problem = f"what is held out is shorter than one sequence of {source.seq_length + 1} tokens"
-            remedy = "hold out more, shorten model.seq_length, or set validation.every=0"
-            raise DataError(f"data: {domain}", problem, remedy)
+            problem = f"{domain} holds out less than one sequence of {source.seq_length + 1} tokens"
+            raise DataError(
+                "validation.every", problem, "hold out more, shorten model.seq_length, or set it to 0"
+            )

@@ -45,7 +45,7 @@ def test_prepare_then_again_then_verify(
         (["--train-tokenizer", "299"], "--train-tokenizer: 299 is too small a vocabulary"),
         (["--train-tokenizer", "100000"], "tokenizer: the text is too little for a vocabulary of 100000"),
         (["--train-tokenizer", "300", "--workers", "0"], "--workers: 0 is not a number of processes"),
-        (["--train-tokenizer", "300", "--holdout", "2"], "holdout: 2.0 is not a share"),
+        (["--train-tokenizer", "300", "--holdout", "2"], "--holdout: 2.0 is not a share"),
         (
             ["--train-tokenizer", "300", "--text-field", "text"],
             "x.jsonl:1: has no field 'text' (fields: body)",

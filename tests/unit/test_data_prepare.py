@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from sinkbench.config import Config, PrepareConfig, TokenizerConfig
 from sinkbench.data import prepare as prepare_module
+from sinkbench.data import shards
 from sinkbench.data.documents import find_inputs
 from sinkbench.data.manifest import Manifest
 from sinkbench.data.prepare import Request, prepare, prepare_cached
@@ -62,10 +63,10 @@ def corpus(tmp_path: Path) -> list[str]:
 
 
 def request(inputs: list[str], tokenizer: Path | int, **values: Any) -> Request:
-    trained = isinstance(tokenizer, int)
-    config = TokenizerConfig(
-        path=None if trained else str(tokenizer), train_vocab_size=tokenizer if trained else None
-    )
+    if isinstance(tokenizer, int):
+        config = TokenizerConfig(train_vocab_size=tokenizer)
+    else:
+        config = TokenizerConfig(path=str(tokenizer))
     return Request(tuple(find_inputs(inputs)), config, **values)
 
 
@@ -206,7 +207,7 @@ class Counter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop_after: int | None = None) -> None:
         self.shards = 0
-        make = prepare_module.make_tokenise
+        make = shards.make_tokenise
 
         def counting(*args: Any) -> Callable[[Any], int]:
             tokenise = make(*args)
@@ -412,7 +413,7 @@ def test_input_without_text(tmp_path: Path, corpus: list[str], model: Path) -> N
 
 
 def test_share_of_held_out_documents(corpus: list[str], model: Path) -> None:
-    with pytest.raises(DataError, match=r"holdout: 1.5 is not a share; give a number from 0 to 1"):
+    with pytest.raises(DataError, match=r"--holdout: 1.5 is not a share; give a number from 0 to 1"):
         request(corpus, model, holdout=1.5)
 
 

@@ -119,7 +119,7 @@ def test_folder_with_a_sentencepiece_model(sentencepiece_model: Path) -> None:
 
 
 def test_sentencepiece_eos_by_name_or_not_at_all(tmp_path: Path) -> None:
-    for name, extra in (("with", {"user_defined_symbols": ["<|endoftext|>"]}), ("without", {})):
+    for name, symbols in (("with", ["<|endoftext|>"]), ("without", [])):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["the cat sat on the mat"] * 9),
@@ -128,7 +128,7 @@ def test_sentencepiece_eos_by_name_or_not_at_all(tmp_path: Path) -> None:
             model_type="bpe",
             eos_id=-1,
             minloglevel=2,
-            **extra,
+            user_defined_symbols=symbols,
         )
         (tmp_path / f"{name}.model").write_bytes(model.getvalue())
     tokenizer = load_tokenizer(tmp_path / "with.model")
