@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from sinkbench.megatron.optimizer import prepare_for_loading, separate_steps
 from sinkbench.megatron.training import Engine
@@ -24,6 +26,9 @@ def save(engine: Engine, folder: Path) -> None:
     state["optimizer"] = engine.optimizer.sharded_state_dict(state, metadata=_OPTIMIZER_FORMAT)
     state["scheduler"] = engine.scheduler.state_dict()
     state["random"] = _random_state_object(engine)
+    # megatron would start a process on every rank, which imports torch, to pass results from a save in
+    # the background; this save is not.
+    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(state, str(folder))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest  # noqa: F401
+import torch._dynamo  # which the first optimizer of a process imports
 import torch.distributed  # noqa: F401
 
 from sinkbench.megatron import host
 
 host.prepare("cpu")
 
-from sinkbench import config, model  # noqa: E402, F401
-from sinkbench.megatron import network, training  # noqa: E402, F401
+from sinkbench import config, model, pretrain, trainer  # noqa: E402, F401
+from sinkbench.megatron import network, state, training  # noqa: E402, F401
