@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,6 @@ import venv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -55,12 +53,6 @@ class Installation:
 
     def pretrain(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return self.run(self.python, "-m", "sinkbench.pretrain", *arguments, **environment)
-
-    def json(self, *arguments: str) -> Any:
-        """What a ``--json`` command prints."""
-        done = self.sinkbench(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
     def install(self, wheel: Path) -> None:
         _pip("--python", self.python, "install", "--no-index", "--no-deps", "--ignore-installed", wheel)

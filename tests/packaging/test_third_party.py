@@ -20,8 +20,12 @@ class SquaredReluParams(Params):
     normalize: bool = False
 
 
+def squared_relu(score):
+    return score.relu().square()
+
+
 def build(params: SquaredReluParams, context: BuildContext) -> AttentionSpec:
-    return AttentionSpec(rule=Elementwise(lambda s: s.relu().square(), normalize=params.normalize))
+    return AttentionSpec(rule=Elementwise(function=squared_relu, normalize=params.normalize))
 
 
 @hookimpl
@@ -85,12 +89,13 @@ def test_it_is_trained_and_measured(crowd: Installation) -> None:
     assert trained.returncode == 0, trained.stderr
     run = crowd.folder / "runs" / "third_party"
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [entry["step"] for entry in steps if "loss" in entry] == [1, 2]
+    assert [entry["step"] for entry in steps if entry["event"] == "train"] == [1, 2]
     manifest = json.loads((run / "manifest.json").read_text())
     assert "squared-relu" in json.dumps(manifest["plugins"])
 
-    measured = crowd.json("measure", str(run))
-    (result,) = measured["results"]
+    measured = crowd.sinkbench("measure", str(run), "--json", "measured.json")
+    assert measured.returncode == 0, measured.stderr
+    (result,) = json.loads((crowd.folder / "measured.json").read_text())["results"]
     assert 0 <= result["metrics"]["sink_1_raw"] <= 100
 
 

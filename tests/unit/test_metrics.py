@@ -58,7 +58,8 @@ def build(name: str, **params: Any) -> Metric:
 
 
 def find(name: str) -> Plugin:
-    return {plugin.name: plugin for plugin in plugins.sinkbench_metric()}[name]
+    found: dict[str, Plugin] = {plugin.name: plugin for plugin in plugins.sinkbench_metric()}
+    return found[name]
 
 
 def captures(seed: int = 0, signed: bool = False) -> list[LayerCapture]:
@@ -252,14 +253,14 @@ def test_batches_do_not_change_the_result(name: str) -> None:
         assert numbers(split[key]) == pytest.approx(numbers(value), rel=1e-6), key
 
 
+def _without(capture: LayerCapture, *fields: str) -> LayerCapture:
+    zeros: dict[str, Any] = {field: torch.zeros_like(getattr(capture, field)) for field in fields}
+    return replace(capture, **zeros)
+
+
 @pytest.mark.parametrize("name", ["sink", "norms", "trigger"])
 def test_vanishing_weights_and_vectors_give_no_nan(name: str) -> None:
-    zero = [
-        replace(
-            c, **{f: torch.zeros_like(getattr(c, f)) for f in ("weights_bhqk", "value_bhsd", "output_bsn")}
-        )
-        for c in captures()
-    ]
+    zero = [_without(capture, "weights_bhqk", "value_bhsd", "output_bsn") for capture in captures()]
     result = measure(build(name), zero)
     assert all(np.isfinite(numbers(list(result.values()))))
     expected = {"sink": "sink_1_proxy", "norms": "value_drain", "trigger": "first_token_attention_trigger"}

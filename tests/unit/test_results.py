@@ -42,7 +42,7 @@ def test_numbers_that_are_not_finite_are_null_in_the_file(tmp_path: Path) -> Non
     assert json.loads(path.read_text())["metrics"] == {"sink_1_raw": None, "heads": [[None, 1.0]]}
     metrics = read(path, StepMetrics).metrics
     assert math.isnan(metrics["sink_1_raw"])  # type: ignore[arg-type]
-    assert math.isnan(metrics["heads"][0][0])  # type: ignore[index]
+    assert math.isnan(metrics["heads"][0][0])  # type: ignore[index,arg-type]
 
 
 @pytest.mark.parametrize(
