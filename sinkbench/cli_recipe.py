@@ -123,12 +123,13 @@ def _derived_rows(run: Run) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{_count(derived['parameters'])}, {layers}"),
         ("tokens", _count(derived["tokens"])),
-        ("FLOPs", f"{_count(derived['flops_per_token'])} per token, {derived['flops']:.3g} in all"),
+        ("FLOPs", f"{_count(derived['flops_per_token'], 'G')} per token, {derived['flops']:.3g} in all"),
     ]
 
 
-def _count(number: int) -> str:
-    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+def _count(number: int, billion: str = "B") -> str:
+    """A number with a unit: billions of parameters and tokens, G of operations."""
+    for unit, size in (("T", 10**12), (billion, 10**9), ("M", 10**6), ("k", 10**3)):
         if number >= size:
             return f"{number / size:.4g} {unit}"
     return str(number)

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     for item in runs:
         if item.finished:
             print(f"{item.folder}: already finished", file=sys.stderr)
-    failed = Jobs(args.jobs, args.nproc_per_node).run(waiting)
+    failed = Jobs(args.jobs, args.nproc_per_node).run(waiting) if waiting else {}
     rows = [read_summary(item) for item in runs if item.finished]
     write_json(runs[0].folder.parent / "summary.json", rows)
     if rows:

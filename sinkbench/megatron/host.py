@@ -55,8 +55,9 @@ def prepare(device: str = "auto") -> torch.device:
 
 def _quieten() -> None:
     """Megatron warns at import that optional packages are absent and at every fork of its CPU random
-    state; the manifest names the packages, and the forks are meant."""
-    for name in ("megatron.core", "torch.distributed.checkpoint"):
+    state, torch that there is a CUDA toolkit but no card; the manifest names the packages and the
+    device, and the forks are meant."""
+    for name in ("megatron.core", "torch.distributed.checkpoint", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|flash_attn).*")
