@@ -32,6 +32,8 @@ __all__ = [
     "Batch",
     "BuildContext",
     "Elementwise",
+    "ExtraSlot",
+    "FeatureMap",
     "LayerCapture",
     "LossSpec",
     "Metric",
@@ -44,6 +46,7 @@ __all__ = [
     "PositionalSpec",
     "Rotary",
     "Rows",
+    "ScoreBias",
     "Softmax",
     "WeightRule",
     "hookimpl",
@@ -74,6 +77,8 @@ class BuildContext:
     num_kv_heads: int
     head_size: int
     seq_length: int
+    num_positions: int
+    """seq_length, and one more with a sink token."""
     vocab_size: int
     config: Config
 
@@ -136,17 +141,17 @@ class Softmax:
 
 @dataclass(frozen=True, kw_only=True)
 class Elementwise:
-    """A = f(s) M, or A = f(s) M / (sum f(s) M + eps), with M the 0/1 mask, applied after f
-    (Gu et al. 2410.10781).
+    """A = f(s) M / Z, with M the 0/1 mask, applied after f (Gu et al. 2410.10781).
 
     Attributes:
         function: f in plain torch, elementwise, float32 in and out.
-        normalize: divide each row by its sum + eps.
+        normalize: False for Z = 1; True for Z = the row's sum + eps; "abs" for Z = max(|sum|, 1),
+            which similarities that may be negative need.
         eps: the normaliser's constant.
     """
 
     function: Callable[[Tensor], Tensor]
-    normalize: bool = False
+    normalize: bool | Literal["abs"] = False
     eps: float = 1e-8
 
 
@@ -156,7 +161,7 @@ class Rows:
 
     Attributes:
         function: (score_bhqk float32, allowed bool broadcastable to it) -> weights of the same
-            shape, zero where not allowed.
+            shape, zero where not allowed. The extra slot of a spec that has one is the last key.
     """
 
     function: Callable[[Tensor, Tensor], Tensor]
@@ -166,8 +171,34 @@ WeightRule: TypeAlias = Softmax | Elementwise | Rows
 
 
 @dataclass(frozen=True, kw_only=True)
+class FeatureMap:
+    """phi of a kernel attention: q and k become phi(q) and phi(k), after rotary, before the product.
+
+    Attributes:
+        function: (x [..., d], parameters by name) -> [..., d'], the same for queries and keys.
+        parameters: names of declared parameters that it needs.
+    """
+
+    function: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtraSlot:
+    """One more key and value, not rotated, visible to every query; its weight is the paper's alpha_*.
+
+    Attributes:
+        key: name of a declared parameter of shape ("kv_heads", "head_size") or ("head_size",).
+        value: such a name, a constant vector of the head size, or None for a value of zero.
+    """
+
+    key: str
+    value: str | tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """The declaration of an attention variant: O = A V with A = rule(scale q.k + bias).
+    """The declaration of an attention variant: O = A V with A = output_scale rule(scale q.k + bias).
 
     The core makes from it the megatron module, the choice of kernel and the measured weights; the
     one truth is the plain-torch reference ``sinkbench.attention.reference``.
@@ -179,6 +210,13 @@ class AttentionSpec:
         score_bias: a constant added to every score, or the name of a declared parameter of shape
             ("heads",).
         window: a query sees this many newest keys, itself included; None means all.
+        feature_map: maps queries and keys before their product.
+        extra_slot: one more key and value.
+        output_scale: factor on the weights, so that softmax rows sum to it.
+        output_bias: name of a declared parameter of shape ("heads", "head_size") or ("head_size",),
+            added to the output of each head.
+        combine: "concat" projects the concatenated heads; "sum" adds them and projects the sum.
+        sink_token: a learned token stands before every sequence, at position 0.
     """
 
     rule: WeightRule
@@ -186,6 +224,12 @@ class AttentionSpec:
     scale: float | None = None
     score_bias: float | str | None = None
     window: int | None = None
+    feature_map: FeatureMap | None = None
+    extra_slot: ExtraSlot | None = None
+    output_scale: float = 1.0
+    output_bias: str | None = None
+    combine: Literal["concat", "sum"] = "concat"
+    sink_token: bool = False
 
 
 # --- normalization and position -----------------------------------------------------------------
@@ -198,11 +242,13 @@ class NormalizationSpec:
     Attributes:
         norm: size -> module that normalises the last dimension of [..., size]; its parameters have
             shape [size].
-        location: "pre" norms the input of each sublayer and the end of the stack.
+        location: "pre" norms the input of each sublayer, and the end of the stack; "post" norms the
+            sum after each residual addition, and nothing at the end; "sandwich" norms input and
+            output of each sublayer, and the end.
     """
 
     norm: Callable[[int], torch.nn.Module]
-    location: Literal["pre"] = "pre"
+    location: Literal["pre", "post", "sandwich"] = "pre"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,16 +265,33 @@ class Rotary:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreBias:
+    """A bias on the scores from the distance of query and key, in every layer.
+
+    Attributes:
+        function: (distance_qk int64, heads int64, parameters by name) -> [h, q, k] float32, for the
+            given heads of the model; a parameter split over heads comes with those heads' rows.
+        parameters: learned parameters by name, one set a layer.
+    """
+
+    function: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
+    parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PositionalSpec:
     """Any of the places where a model can learn of positions.
 
     Attributes:
-        embedding: makes a module position_ids_s int64 -> [s, n], added to the token embeddings.
+        embedding: makes a module position_ids_s int64 -> [s, n], added to the token embeddings. There
+            are BuildContext.num_positions positions.
         rotary: rotary settings for q and k.
+        score_bias: added to the attention scores.
     """
 
     embedding: Callable[[], torch.nn.Module] | None = None
     rotary: Rotary | None = None
+    score_bias: ScoreBias | None = None
 
 
 # --- loss and data ------------------------------------------------------------------------------
@@ -246,10 +309,12 @@ class LossSpec:
     Attributes:
         transform: Batch with tokens [b, seq_length + 1] -> Batch with tokens, targets, weights.
         z_loss: factor on log(Z)^2 (0 turns it off).
+        bidirectional_prefix: the first so many positions of a sequence see one another (prefix LM).
     """
 
     transform: Callable[[Batch], Batch]
     z_loss: float = 0.0
+    bidirectional_prefix: int = 0
 
 
 # --- measurement --------------------------------------------------------------------------------
@@ -263,6 +328,8 @@ class LayerCapture:
     Attributes:
         layer: number of the layer, from 1.
         weights_bhqk: attention weights A as the model used them; zero where masked.
+        slot_bhq: weight of the extra slot or of the sink token, if the model has one; the sink token
+            is in none of the other tensors.
         query_bhsd, key_bhsd, value_bhsd: after rotary; keys and values one per kv head.
         input_bsn, output_bsn: the residual stream before and after the layer.
         batch: the probe batch (tokens_bs, and what the data source added).
@@ -270,6 +337,7 @@ class LayerCapture:
 
     layer: int
     weights_bhqk: Tensor
+    slot_bhq: Tensor | None = None
     query_bhsd: Tensor
     key_bhsd: Tensor
     value_bhsd: Tensor

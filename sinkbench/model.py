@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sinkbench.api import AttentionSpec, Batch, BuildContext, LossSpec, NormalizationSpec, PositionalSpec
@@ -58,10 +58,14 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
         num_kv_heads=model.kv_heads,
         head_size=model.head_dim,
         seq_length=model.seq_length,
+        num_positions=model.seq_length,
         vocab_size=vocab_size,
         config=config,
     )
     attention = _built(resolved.attention, context, AttentionSpec)
+    if attention.sink_token:
+        _check_sink_token(config)
+        context = replace(context, num_positions=model.seq_length + 1)
     return Declarations(
         context=context,
         attention=attention,
@@ -72,6 +76,15 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
         transforms=tuple(_transform(chosen, context) for chosen in resolved.transforms),
         padded_vocab_size=padded,
     )
+
+
+def _check_sink_token(config: Config) -> None:
+    if config.parallel.sequence or config.parallel.context > 1:
+        raise RecipeError(
+            "model.attention",
+            "a sink token makes the sequence one longer, which sequence and context parallelism cannot split",
+            "set parallel.sequence: false and parallel.context: 1",
+        )
 
 
 def _transform(chosen: Chosen, context: BuildContext) -> Callable[[Batch], Batch]:
@@ -99,15 +112,21 @@ def _built(chosen: Chosen, context: BuildContext, kind: type[T]) -> T:
 def build_stages(config: Config, declared: Declarations, layout: Layout) -> list[Any]:
     """This rank's pipeline stages (one, unless the pipeline is interleaved) with their initial
     weights, on the layout's device: sinkbench.megatron.network.Network each."""
+    from sinkbench.megatron.attention import AttentionParts
     from sinkbench.megatron.initialise import initialise
     from sinkbench.megatron.layer import LayerParts
     from sinkbench.megatron.network import Network
     from sinkbench.megatron.settings import transformer_config
 
     transformer = transformer_config(config, layout.device)
-    parts = LayerParts(
-        attention=declared.attention,
+    attention = AttentionParts(
+        spec=declared.attention,
         backend=declared.backend,
+        position_bias=declared.positional.score_bias,
+        prefix=declared.loss.bidirectional_prefix,
+    )
+    parts = LayerParts(
+        attention=attention,
         normalization=declared.normalization,
         ffn=config.model.ffn != "none",
     )

@@ -10,30 +10,8 @@ from torch import Tensor
 
 from sinkbench.api import AttentionSpec, Softmax
 from sinkbench.attention import reference
+from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """One call: local heads, all keys.
-
-    Attributes:
-        query_bhqd, key_bgkd, value_bgkd: the inputs.
-        position_q, position_k: int64 positions in the sequence.
-        aligned: queries and keys are the same positions, in order.
-        bias_h, sink_h: the spec's score bias and sink logit for the local heads.
-    """
-
-    spec: AttentionSpec
-    query_bhqd: Tensor
-    key_bgkd: Tensor
-    value_bgkd: Tensor
-    position_q: Tensor
-    position_k: Tensor
-    aligned: bool
-    scale: float
-    bias_h: Tensor | None
-    sink_h: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,36 +26,21 @@ class Backend:
     run: Callable[[Problem], Tensor]
 
 
-def _run_eager(p: Problem) -> Tensor:
-    return reference.attend(
-        p.query_bhqd,
-        p.key_bgkd,
-        p.value_bgkd,
-        rule=p.spec.rule,
-        scale=p.scale,
-        position_q=p.position_q,
-        position_k=p.position_k,
-        window=p.spec.window,
-        bias_h=p.bias_h,
-        sink_h=p.sink_h,
-    )
-
-
 def _missing_sdpa(spec: AttentionSpec) -> list[str]:
-    missing = []
-    if not isinstance(spec.rule, Softmax):
-        missing.append("a similarity other than softmax")
-    elif spec.rule.sink_logit is not None:
-        missing.append("a sink logit")
-    if spec.score_bias is not None:
-        missing.append("a score bias")
-    return missing
+    lacks = {
+        "a similarity other than softmax": not isinstance(spec.rule, Softmax),
+        "a sink logit": isinstance(spec.rule, Softmax) and spec.rule.sink_logit is not None,
+        "a feature map": spec.feature_map is not None,
+        "an extra slot": spec.extra_slot is not None,
+        "an output scale or bias": spec.output_scale != 1.0 or spec.output_bias is not None,
+    }
+    return [what for what, wanted in lacks.items() if wanted]
 
 
 def _run_sdpa(p: Problem) -> Tensor:
-    grouped = p.query_bhqd.shape[1] != p.key_bgkd.shape[1]
-    causal = p.aligned and p.spec.window is None
-    mask = None if causal else reference.allowed_qk(p.position_q, p.position_k, p.spec.window)
+    """A score bias that is the same for all keys leaves a softmax as it is, so it is not computed."""
+    causal = p.aligned and p.spec.window is None and not p.prefix and p.position_bias is None
+    mask = None if causal else _mask(p)
     return F.scaled_dot_product_attention(
         p.query_bhqd,
         p.key_bgkd,
@@ -85,13 +48,23 @@ def _run_sdpa(p: Problem) -> Tensor:
         attn_mask=mask,
         is_causal=causal,
         scale=p.scale,
-        enable_gqa=grouped,
+        enable_gqa=p.query_bhqd.shape[1] != p.key_bgkd.shape[1],
     )
+
+
+def _mask(p: Problem) -> Tensor:
+    """Bool [q, k], or with a position bias the bias [1, h, q, k] with -inf where masked."""
+    allowed = reference.allowed_qk(p.position_q, p.position_k, p.spec.window, p.prefix)
+    if p.position_bias is None:
+        return allowed
+    distance = p.position_q[:, None] - p.position_k[None, :]
+    bias = p.position_bias.function(distance, p.heads, p.position_parameters)
+    return bias.masked_fill(~allowed, float("-inf")).to(p.query_bhqd.dtype)[None]
 
 
 BACKENDS = (
     Backend(name="sdpa", missing=_missing_sdpa, run=_run_sdpa),
-    Backend(name="eager", missing=lambda spec: [], run=_run_eager),
+    Backend(name="eager", missing=lambda spec: [], run=reference.attend),
 )
 """Fastest first."""
 

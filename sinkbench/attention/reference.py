@@ -7,92 +7,194 @@ Shapes: b sequence of the batch, h head, g kv head, q query position, k key posi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sinkbench.api import Elementwise, Rows, Softmax, WeightRule
+from sinkbench.api import AttentionSpec, Elementwise, Rows, ScoreBias, Softmax
 
 BLOCK_ELEMENTS = 2**27
 """Scores held at once by ``attend``: beyond this, queries go in blocks whose scores are computed
 again in the backward pass, so that memory grows with the length and not with its square."""
 
 
-def allowed_qk(position_q: Tensor, position_k: Tensor, window: int | None) -> Tensor:
-    """Which key a query may see: itself and the past, at most ``window`` keys. Bool [q, k]."""
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One call: the heads of this rank, its queries, the keys and values of all positions.
+
+    Attributes:
+        spec: the declaration.
+        query_bhqd, key_bgkd, value_bgkd: after rotary, before a feature map.
+        position_q, position_k: int64 positions in the sequence.
+        aligned: queries and keys are the same positions, in order.
+        scale: factor on q.k.
+        heads: int64 numbers of the heads in the whole model.
+        parameters: the declared parameters; one that is split over heads has those heads' rows.
+        position_bias: of the positional plugin, with ``position_parameters``.
+        prefix: the first so many positions see one another.
+    """
+
+    spec: AttentionSpec
+    query_bhqd: Tensor
+    key_bgkd: Tensor
+    value_bgkd: Tensor
+    position_q: Tensor
+    position_k: Tensor
+    aligned: bool
+    scale: float
+    heads: Tensor
+    parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    position_bias: ScoreBias | None = None
+    position_parameters: Mapping[str, Tensor] = field(default_factory=dict)
+    prefix: int = 0
+
+    def in_float32(self) -> Problem:
+        """The same problem for measurement."""
+        return replace(
+            self,
+            query_bhqd=self.query_bhqd.float(),
+            key_bgkd=self.key_bgkd.float(),
+            value_bgkd=self.value_bgkd.float(),
+        )
+
+
+def allowed_qk(position_q: Tensor, position_k: Tensor, window: int | None = None, prefix: int = 0) -> Tensor:
+    """Which key a query may see, bool [q, k]: itself and the past, at most ``window`` keys; within the
+    prefix all of it."""
     distance = position_q[:, None] - position_k[None, :]
     allowed = distance >= 0
-    return allowed if window is None else allowed & (distance < window)
+    if window is not None:
+        allowed = allowed & (distance < window)
+    if prefix:
+        allowed = allowed | ((position_q < prefix)[:, None] & (position_k < prefix)[None, :])
+    return allowed
 
 
-def weights(rule: WeightRule, score_bhqk: Tensor, allowed: Tensor, sink_h: Tensor | None = None) -> Tensor:
-    """A row of scores becomes a row of attention weights.
-
-    Args:
-        rule: the declared rule.
-        score_bhqk: scaled and biased scores, float32 or float64.
-        allowed: bool, broadcastable to the scores; weights are zero elsewhere.
-        sink_h: the sink logit of each head, for a Softmax that declares one.
-
-    Returns:
-        A_bhqk of the scores' dtype.
-    """
-    if isinstance(rule, Softmax):
-        return _softmax(score_bhqk.masked_fill(~allowed, float("-inf")), sink_h)
-    if isinstance(rule, Elementwise):
-        value = rule.function(score_bhqk).masked_fill(~allowed, 0.0)
-        return value / (value.sum(-1, keepdim=True) + rule.eps) if rule.normalize else value
-    assert isinstance(rule, Rows)
-    return rule.function(score_bhqk, allowed)
+def weights(problem: Problem) -> tuple[Tensor, Tensor | None]:
+    """Attention weights [b, h, q, k], zero where masked, and those of the extra slot [b, h, q], if
+    there is one; float32, or float64 for such inputs."""
+    p = _mapped(problem)
+    return _weights(p, p.query_bhqd, p.position_q)
 
 
-def _softmax(score_bhqk: Tensor, sink_h: Tensor | None) -> Tensor:
-    if sink_h is None:
-        return score_bhqk.softmax(-1)
-    sink = sink_h.to(score_bhqk.dtype)[None, :, None, None].expand(*score_bhqk.shape[:-1], 1)
-    return torch.cat([score_bhqk, sink], -1).softmax(-1)[..., :-1]
-
-
-def scores(query_bhqd: Tensor, key_bgkd: Tensor, scale: float, bias_h: Tensor | None = None) -> Tensor:
-    """scale q.k + bias for every head. The product has the inputs' dtype, the result is float32
-    (float64 for float64 inputs)."""
-    groups = key_bgkd.shape[1]
-    query: Tensor = query_bhqd.unflatten(1, (groups, -1))
-    score = (query @ key_bgkd.unsqueeze(2).transpose(-1, -2)).flatten(1, 2)
-    score = score.to(torch.promote_types(score.dtype, torch.float32)) * scale
-    return score if bias_h is None else score + bias_h.to(score.dtype)[:, None, None]
-
-
-def attend(
-    query_bhqd: Tensor,
-    key_bgkd: Tensor,
-    value_bgkd: Tensor,
-    *,
-    rule: WeightRule,
-    scale: float,
-    position_q: Tensor,
-    position_k: Tensor,
-    window: int | None = None,
-    bias_h: Tensor | None = None,
-    sink_h: Tensor | None = None,
-) -> Tensor:
+def attend(problem: Problem) -> Tensor:
     """O = A V. Returns [b, h, q, d] of the values' dtype."""
-
-    def block(query: Tensor, position: Tensor) -> Tensor:
-        allowed = allowed_qk(position, position_k, window)
-        weight = weights(rule, scores(query, key_bgkd, scale, bias_h), allowed, sink_h)
-        grouped: Tensor = weight.to(value_bgkd.dtype).unflatten(1, (value_bgkd.shape[1], -1))
-        return (grouped @ value_bgkd.unsqueeze(2)).flatten(1, 2)
-
-    batch, heads, length, _ = query_bhqd.shape
-    rows = max(1, BLOCK_ELEMENTS // (batch * heads * position_k.numel()))
+    p = _mapped(problem)
+    batch, heads, length, _ = p.query_bhqd.shape
+    rows = max(1, BLOCK_ELEMENTS // (batch * heads * p.position_k.numel()))
     if length <= rows:
-        return block(query_bhqd, position_q)
-    parts = [
-        checkpoint(block, query, position, use_reentrant=False, preserve_rng_state=False)
-        for query, position in zip(query_bhqd.split(rows, 2), position_q.split(rows), strict=True)
-    ]
-    return torch.cat(parts, 2)
+        output = _attend_block(p, p.query_bhqd, p.position_q)
+    else:
+        parts = [
+            checkpoint(_attend_block, p, query, position, use_reentrant=False, preserve_rng_state=False)
+            for query, position in zip(p.query_bhqd.split(rows, 2), p.position_q.split(rows), strict=True)
+        ]
+        output = torch.cat(parts, 2)
+    bias = p.spec.output_bias
+    return output if bias is None else output + _per_head(p.parameters[bias]).to(output.dtype)
+
+
+def _mapped(p: Problem) -> Problem:
+    feature_map = p.spec.feature_map
+    if feature_map is None:
+        return p
+    parameters = {name: p.parameters[name] for name in feature_map.parameters}
+    return replace(
+        p,
+        query_bhqd=feature_map.function(p.query_bhqd, parameters),
+        key_bgkd=feature_map.function(p.key_bgkd, parameters),
+    )
+
+
+def _attend_block(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> Tensor:
+    weight, slot = _weights(p, query_bhqd, position_q)
+    output = _times_kv(weight.to(p.value_bgkd.dtype), p.value_bgkd)
+    if slot is None or p.spec.extra_slot is None or p.spec.extra_slot.value is None:
+        return output
+    return output + slot.to(output.dtype)[..., None] * _slot_value(p).to(output.dtype)
+
+
+def _weights(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> tuple[Tensor, Tensor | None]:
+    score = _scores(p, query_bhqd, position_q)
+    allowed = allowed_qk(position_q, p.position_k, p.spec.window, p.prefix)
+    slot = p.spec.extra_slot
+    if slot is None:
+        return p.spec.output_scale * _rule(p, score, allowed), None
+    key = _per_kv_head(p, p.parameters[slot.key]).to(query_bhqd.dtype)
+    slot_score = _times_kv(query_bhqd, key.transpose(-1, -2)).to(score.dtype) * p.scale
+    allowed = torch.cat([allowed, allowed.new_ones(allowed.shape[0], 1)], -1)
+    weight = p.spec.output_scale * _rule(p, torch.cat([score, slot_score], -1), allowed)
+    return weight[..., :-1], weight[..., -1]
+
+
+def _scores(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> Tensor:
+    """scale q.k + bias. The product has the inputs' dtype, the result is float32 at least."""
+    score = _times_kv(query_bhqd, p.key_bgkd.transpose(-1, -2))
+    score = score.to(torch.promote_types(score.dtype, torch.float32)) * p.scale
+    bias = _parameter_or_constant(p, p.spec.score_bias, score)
+    if bias is not None:
+        score = score + bias
+    if p.position_bias is not None:
+        distance = position_q[:, None] - p.position_k[None, :]
+        score = score + p.position_bias.function(distance, p.heads, p.position_parameters)
+    return score
+
+
+def _rule(p: Problem, score: Tensor, allowed: Tensor) -> Tensor:
+    rule = p.spec.rule
+    if isinstance(rule, Softmax):
+        score = score.masked_fill(~allowed, float("-inf"))
+        sink = _parameter_or_constant(p, rule.sink_logit, score)
+        if sink is None:
+            return score.softmax(-1)
+        return torch.cat([score, sink.expand(*score.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
+    if isinstance(rule, Elementwise):
+        value = rule.function(score).masked_fill(~allowed, 0.0)
+        if rule.normalize is False:
+            return value
+        total = value.sum(-1, keepdim=True)
+        return value / (total.abs().clamp(min=1.0) if rule.normalize == "abs" else total + rule.eps)
+    assert isinstance(rule, Rows)
+    return rule.function(score, allowed)
+
+
+def _times_kv(left_bhqx: Tensor, right_bgxy: Tensor) -> Tensor:
+    """Matrix product of every head with its kv head, [b, h, q, y]."""
+    grouped: Tensor = left_bhqx.unflatten(1, (right_bgxy.shape[1], -1))
+    return (grouped @ right_bgxy.unsqueeze(2)).flatten(1, 2)
+
+
+def _parameter_or_constant(p: Problem, value: float | str | None, like: Tensor) -> Tensor | None:
+    """A value per head as [h, 1, 1], in the dtype of the scores."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return p.parameters[value].to(like.dtype)[:, None, None]
+    return like.new_full((like.shape[1], 1, 1), value)
+
+
+def _per_kv_head(p: Problem, parameter: Tensor) -> Tensor:
+    """[1, g, 1, d] from [g, d], or from [d] for one that all heads share."""
+    groups = p.key_bgkd.shape[1]
+    return parameter.expand(groups, parameter.shape[-1])[None, :, None, :]
+
+
+def _per_head(parameter: Tensor) -> Tensor:
+    """[h, 1, d] or [1, d] against [b, h, q, d]."""
+    return parameter[:, None, :] if parameter.dim() == 2 else parameter
+
+
+def _slot_value(p: Problem) -> Tensor:
+    """The extra slot's value for every head, broadcastable to [b, h, q, d]."""
+    assert p.spec.extra_slot is not None
+    value = p.spec.extra_slot.value
+    if not isinstance(value, str):
+        return p.value_bgkd.new_tensor(value)
+    per_group = _per_kv_head(p, p.parameters[value])
+    return per_group.repeat_interleave(p.query_bhqd.shape[1] // per_group.shape[1], 1)
 
 
 def rotation(position_s: Tensor, rotated: int, base: float) -> Tensor:

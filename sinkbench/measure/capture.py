@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sinkbench.api import Batch, LayerCapture, Metric, Observation
+from sinkbench.attention import reference
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
@@ -59,32 +60,38 @@ class Recorder:
     def _layer_hook(self, layer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         number = layer.layer_number
         seen = self._observed.setdefault(number, [])
-        core, (query, key, value) = layer.attention.core, self._core_inputs.pop(number)
+        query, key, value = self._core_inputs.pop(number)
+        spec = layer.attention.core.parts.spec
+        weights, slot = self._weights(layer.attention.core, query, key, value)
+        if spec.sink_token:
+            weights, slot = weights[:, :, 1:, 1:], weights[:, :, 1:, 0]
+        first = int(spec.sink_token)
         capture = LayerCapture(
             layer=number,
-            weights_bhqk=self._weights(core, query, key, value),
-            query_bhsd=self._heads(query),
-            key_bhsd=self._heads(key),
-            value_bhsd=self._heads(value),
-            input_bsn=self._hidden(kwargs["hidden_states"], layer.config.sequence_parallel),
-            output_bsn=self._hidden(output[0], layer.config.sequence_parallel),
+            weights_bhqk=weights,
+            slot_bhq=slot,
+            query_bhsd=self._heads(query)[:, :, first:],
+            key_bhsd=self._heads(key)[:, :, first:],
+            value_bhsd=self._heads(value)[:, :, first:],
+            input_bsn=self._hidden(kwargs["hidden_states"], layer.config.sequence_parallel)[:, first:],
+            output_bsn=self._hidden(output[0], layer.config.sequence_parallel)[:, first:],
             batch=self.micro_batches[len(seen)],
         )
         seen.append({name: metric.observe(capture) for name, metric in self.metrics.items()})
 
-    def _weights(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from sinkbench.megatron.sequence import gather_context, gather_shards
-
-        local = core.weights(core.problem(query, key, value))
-        groups = self.layout.groups
-        return gather_context(gather_shards(local, groups.tp, 1), groups.cp, 2)
+    def _weights(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+        weights, slot = reference.weights(core.problem(query, key, value).in_float32())
+        return self._whole(weights), None if slot is None else self._whole(slot)
 
     def _heads(self, x_sbhd: Tensor) -> Tensor:
+        return self._whole(x_sbhd.permute(1, 2, 0, 3).float())
+
+    def _whole(self, x_bhs: Tensor) -> Tensor:
+        """All heads and all positions of a tensor [b, h, s, ...]."""
         from sinkbench.megatron.sequence import gather_context, gather_shards
 
         groups = self.layout.groups
-        x_bhsd = x_sbhd.permute(1, 2, 0, 3).float()
-        return gather_context(gather_shards(x_bhsd, groups.tp, 1), groups.cp, 2)
+        return gather_context(gather_shards(x_bhs, groups.tp, 1), groups.cp, 2)
 
     def _hidden(self, x_sbn: Tensor, sequence_parallel: bool) -> Tensor:
         from sinkbench.megatron.sequence import gather_context, gather_shards

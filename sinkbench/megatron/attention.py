@@ -5,6 +5,8 @@ Shapes: s local position, b sequence, h local head, g local kv head, d head size
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,63 +17,85 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from sinkbench.api import AttentionSpec, ParameterSpec
+from sinkbench.api import AttentionSpec, ParameterSpec, ScoreBias
 from sinkbench.attention import reference
-from sinkbench.attention.backends import Backend, Problem
-from sinkbench.megatron.sequence import gather_sequence, local_positions
+from sinkbench.attention.backends import Backend
+from sinkbench.attention.reference import Problem
+from sinkbench.megatron.sequence import Group, gather_sequence, local_positions
+
+
+def make_parameter(spec: ParameterSpec, config: TransformerConfig, tp_group: Group) -> torch.nn.Parameter:
+    """A declared parameter, or this rank's share of one that is split over heads."""
+    sizes = {
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_query_groups,
+        "head_size": config.kv_channels,
+        "hidden": config.hidden_size,
+    }
+    shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+    split = spec.shape[:1] in (("heads",), ("kv_heads",))
+    if split:
+        shape[0] //= tp_group.size()
+    data = torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+    parameter = torch.nn.Parameter(data)
+    parameter.initial = (spec.mean, spec.std)  # type: ignore[attr-defined]
+    if split:
+        tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, 0, 1)
+    return parameter
+
+
+def for_heads(parameter: Tensor, tp_group: Group) -> Tensor:
+    """A parameter as this rank's heads use it: the gradient of one that is not split over heads is
+    summed over all tensor-parallel ranks."""
+    if getattr(parameter, "tensor_model_parallel", False) or tp_group.size() == 1:
+        return parameter
+    summed: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(parameter, group=tp_group)
+    return summed
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionParts:
+    """What the plugins of a recipe say of attention.
+
+    Attributes:
+        position_bias: of the positional plugin.
+        prefix: of the loss plugin: the first so many positions see one another.
+    """
+
+    spec: AttentionSpec
+    backend: Backend
+    position_bias: ScoreBias | None = None
+    prefix: int = 0
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
     """O = A V for this rank's heads and queries; keys and values of all context-parallel ranks."""
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        spec: AttentionSpec,
-        backend: Backend,
-        pg_collection: ProcessGroupCollection,
+        self, config: TransformerConfig, parts: AttentionParts, pg_collection: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
-        self.spec = spec
-        self.backend = backend
+        self.parts = parts
         self.tp_group = pg_collection.tp
         self.cp_group = pg_collection.cp
-        self.scale = config.kv_channels**-0.5 if spec.scale is None else spec.scale
-        for name, parameter in spec.parameters.items():
-            self.register_parameter(name, self._make(parameter))
+        scale = parts.spec.scale
+        self.scale = config.kv_channels**-0.5 if scale is None else scale
+        self.declared = self._register(parts.spec.parameters, "")
+        bias = parts.position_bias
+        self.position_declared = self._register(bias.parameters if bias else {}, "position_")
 
-    def _make(self, parameter: ParameterSpec) -> torch.nn.Parameter:
-        config, tp = self.config, self.tp_group.size()
-        sizes = {
-            "heads": config.num_attention_heads,
-            "kv_heads": config.num_query_groups,
-            "head_size": config.kv_channels,
-            "hidden": config.hidden_size,
-        }
-        shape = [sizes[size] if isinstance(size, str) else size for size in parameter.shape]
-        sharded = parameter.shape[:1] in (("heads",), ("kv_heads",))
-        if sharded:
-            shape[0] //= tp
-        data = torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
-        result = torch.nn.Parameter(data)
-        result.initial = (parameter.mean, parameter.std)  # type: ignore[attr-defined]
-        if sharded:
-            tensor_parallel.set_tensor_model_parallel_attributes(result, True, 0, 1)
-        return result
+    def _register(self, declared: Mapping[str, ParameterSpec], prefix: str) -> dict[str, str]:
+        """Makes the parameters; returns their attributes' names by their declared ones."""
+        for name, parameter in declared.items():
+            self.register_parameter(prefix + name, make_parameter(parameter, self.config, self.tp_group))
+        return {name: prefix + name for name in declared}
 
-    def parameter(self, name: str) -> Tensor:
-        """A declared parameter, ready for use by local heads: the gradient of a replicated one is
-        summed over the heads of all tensor-parallel ranks."""
-        value: Tensor = getattr(self, name)
-        if getattr(value, "tensor_model_parallel", False) or self.tp_group.size() == 1:
-            return value
-        summed: Tensor = tensor_parallel.copy_to_tensor_model_parallel_region(value, group=self.tp_group)
-        return summed
+    def _parameters_for_heads(self, declared: dict[str, str]) -> dict[str, Tensor]:
+        return {name: for_heads(getattr(self, at), self.tp_group) for name, at in declared.items()}
 
     def problem(self, query_sbhd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor) -> Problem:
         """This rank's part of the attention: its queries, the keys and values of all positions."""
-        cp = self.cp_group.size()
-        device = query_sbhd.device
+        cp, device = self.cp_group.size(), query_sbhd.device
         position_q = local_positions(query_sbhd.shape[0] * cp, self.cp_group, device)
         position_k = position_q
         if cp > 1:
@@ -79,10 +103,9 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             value_sbgd = gather_sequence(value_sbgd, self.cp_group)
             position_k = torch.arange(key_sbgd.shape[0], device=device)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbhd, key_sbgd, value_sbgd))
-        bias = self.spec.score_bias
-        sink = getattr(self.spec.rule, "sink_logit", None)
+        local_heads = query.shape[1]
         return Problem(
-            spec=self.spec,
+            spec=self.parts.spec,
             query_bhqd=query,
             key_bgkd=key,
             value_bgkd=value,
@@ -90,29 +113,17 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             position_k=position_k,
             aligned=cp == 1,
             scale=self.scale,
-            bias_h=self._per_head(bias, query),
-            sink_h=self._per_head(sink, query),
+            heads=torch.arange(local_heads, device=device) + self.tp_group.rank() * local_heads,
+            parameters=self._parameters_for_heads(self.declared),
+            position_bias=self.parts.position_bias,
+            position_parameters=self._parameters_for_heads(self.position_declared),
+            prefix=self.parts.prefix,
         )
-
-    def _per_head(self, value: float | str | None, query_bhqd: Tensor) -> Tensor | None:
-        if value is None:
-            return None
-        if isinstance(value, str):
-            return self.parameter(value)
-        return query_bhqd.new_full((query_bhqd.shape[1],), value, dtype=torch.float32)
-
-    def weights(self, problem: Problem) -> Tensor:
-        """The attention weights of this rank's heads and queries, float32 [b, h, q, k]."""
-        score = reference.scores(
-            problem.query_bhqd.float(), problem.key_bgkd.float(), problem.scale, problem.bias_h
-        )
-        allowed = reference.allowed_qk(problem.position_q, problem.position_k, self.spec.window)
-        return reference.weights(self.spec.rule, score, allowed, problem.sink_h)
 
     def forward(self, query_sbhd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor) -> Tensor:
-        """Returns [s, b, h d]."""
-        output_bhsd = self.backend.run(self.problem(query_sbhd, key_sbgd, value_sbgd))
-        return output_bhsd.permute(2, 0, 1, 3).flatten(2)
+        """Returns [s, b, h, d]."""
+        output_bhsd = self.parts.backend.run(self.problem(query_sbhd, key_sbgd, value_sbgd))
+        return output_bhsd.permute(2, 0, 1, 3)
 
     def sharded_state_dict(
         self,
@@ -126,20 +137,38 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         return result
 
 
+class SummedProjection(MegatronModule):  # type: ignore[misc]
+    """Projects the sum of all heads' outputs, [s, b, h, d] -> [s, b, n]."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.tp_group = pg_collection.tp
+        shape = (config.hidden_size, config.kv_channels)
+        data = torch.empty(shape, dtype=config.params_dtype, device=torch.cuda.current_device())
+        self.weight = torch.nn.Parameter(data)
+
+    def forward(self, heads_sbhd: Tensor) -> Tensor:
+        partial = torch.nn.functional.linear(heads_sbhd.sum(2), for_heads(self.weight, self.tp_group))
+        if self.config.sequence_parallel:
+            scattered: Tensor = tensor_parallel.reduce_scatter_to_sequence_parallel_region(
+                partial, group=self.tp_group
+            )
+            return scattered
+        reduced: Tensor = tensor_parallel.reduce_from_tensor_model_parallel_region(
+            partial, group=self.tp_group
+        )
+        return reduced
+
+
 class SelfAttention(MegatronModule):  # type: ignore[misc]
     """Projections and rotary embedding around the core. Heads are split over tensor-parallel ranks;
     each kv head's queries, key and value lie together in the fused projection, as in megatron."""
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        spec: AttentionSpec,
-        backend: Backend,
-        pg_collection: ProcessGroupCollection,
+        self, config: TransformerConfig, parts: AttentionParts, pg_collection: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
-        tp = pg_collection.tp.size()
-        self.local_groups = config.num_query_groups // tp
+        self.local_groups = config.num_query_groups // pg_collection.tp.size()
         self.queries_per_group = config.num_attention_heads // config.num_query_groups
         width = config.kv_channels * config.num_attention_heads
         linear: dict[str, Any] = {"config": config, "skip_bias_add": False, "bias": False}
@@ -151,14 +180,17 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             gather_output=False,
             **linear,
         )
-        self.core = CoreAttention(config, spec, backend, pg_collection)
-        self.linear_proj = tensor_parallel.RowParallelLinear(
-            width,
-            config.hidden_size,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            **linear,
-        )
+        self.core = CoreAttention(config, parts, pg_collection)
+        if parts.spec.combine == "sum":
+            self.linear_proj = SummedProjection(config, pg_collection)
+        else:
+            self.linear_proj = tensor_parallel.RowParallelLinear(
+                width,
+                config.hidden_size,
+                init_method=config.output_layer_init_method,
+                input_is_parallel=True,
+                **linear,
+            )
         self.recompute_core = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
@@ -175,10 +207,13 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             cos, sin = rotary[:, :, None, None]
             query, key = reference.rotate(query, cos, sin), reference.rotate(key, cos, sin)
         if self.recompute_core and self.training:
-            context = tensor_parallel.checkpoint(self.core, False, query, key, value)
+            heads: Tensor = tensor_parallel.checkpoint(self.core, False, query, key, value)
         else:
-            context = self.core(query, key, value)
-        output: Tensor = self.linear_proj(context)[0]
+            heads = self.core(query, key, value)
+        if isinstance(self.linear_proj, SummedProjection):
+            summed: Tensor = self.linear_proj(heads)
+            return summed
+        output: Tensor = self.linear_proj(heads.flatten(2))[0]
         return output
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sinkbench.config import ModelConfig
 
+_TABLES = ("embedding.word_embeddings.weight", "embedding.sink_token", "output_layer.weight")
+
 
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
@@ -30,7 +32,7 @@ def seeded(seed: int, name: str) -> Iterator[None]:
         yield
 
 
-def initial_std(name: str, model: ModelConfig) -> float:
+def initial_std(name: str, fan_in: int, model: ModelConfig) -> float:
     """Standard deviation of a weight matrix.
 
     paper: as the code of Gu et al. (2410.10781): sqrt(2/5/fan_in); the down projection of a SwiGLU block
@@ -40,14 +42,9 @@ def initial_std(name: str, model: ModelConfig) -> float:
     writes = name.endswith(("attention.linear_proj.weight", "mlp.linear_fc2.weight"))
     if model.init == "normal":
         return model.init_std / math.sqrt(2 * model.num_layers) if writes else model.init_std
-    if name.endswith("mlp.linear_fc2.weight"):
-        assert model.ffn_hidden_size is not None
-        if model.ffn == "swiglu":
-            return 1 / (math.sqrt(model.ffn_hidden_size) * model.num_layers)
-        return math.sqrt(0.4 / model.ffn_hidden_size)
-    if name.endswith("attention.linear_proj.weight"):
-        return math.sqrt(0.4 / (model.num_attention_heads * model.head_dim))
-    return math.sqrt(0.4 / model.hidden_size)
+    if model.ffn == "swiglu" and name.endswith("mlp.linear_fc2.weight"):
+        return 1 / (math.sqrt(fan_in) * model.num_layers)
+    return math.sqrt(0.4 / fan_in)
 
 
 def global_name(name: str, first_layer: int) -> str:
@@ -68,16 +65,17 @@ def initialise(
         name = global_name(local_name, first_layer)
         if model.tie_embeddings and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"
-        if hasattr(parameter, "initial"):
-            mean, std = parameter.initial
-        elif ".linear_" in name or name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            mean, std = 0.0, initial_std(name, model)
-        else:
-            continue
         sharded = getattr(parameter, "tensor_model_parallel", False) and tp_size > 1
         dim = getattr(parameter, "partition_dim", 0) if sharded else 0
         shape = list(parameter.shape)
-        shape[dim] *= tp_size if sharded else 1
+        if sharded:
+            shape[dim] *= tp_size
+        if hasattr(parameter, "initial"):
+            mean, std = parameter.initial
+        elif ".linear_" in name or name in _TABLES:
+            mean, std = 0.0, initial_std(name, shape[-1], model)
+        else:
+            continue
         generator = torch.Generator().manual_seed(_seed(seed, name))
         whole = torch.empty(shape).normal_(mean, std, generator=generator)
         gated = name.endswith("mlp.linear_fc1.weight") and model.ffn in ("swiglu", "geglu", "reglu")

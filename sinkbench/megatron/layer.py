@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +20,15 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from sinkbench.api import AttentionSpec, NormalizationSpec
-from sinkbench.attention.backends import Backend
-from sinkbench.megatron.attention import SelfAttention
+from sinkbench.api import NormalizationSpec
+from sinkbench.megatron.attention import AttentionParts, SelfAttention
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParts:
     """What the plugins of a recipe contribute to a layer."""
 
-    attention: AttentionSpec
-    backend: Backend
+    attention: AttentionParts
     normalization: NormalizationSpec
     ffn: bool
 
@@ -44,7 +43,10 @@ def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> 
 
 
 class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """Attention and feed-forward, each around the residual stream x:
+
+    pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))).
+    """
 
     def __init__(
         self,
@@ -58,15 +60,25 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         self.layer_number = layer_number + get_transformer_layer_offset(
             config, vp_stage, pg_collection.pp.rank()
         )
-        norm = submodules.normalization
-        self.attention_norm = make_norm(norm, config.hidden_size, config)
-        self.attention = SelfAttention(config, submodules.attention, submodules.backend, pg_collection)
-        self.mlp_norm = make_norm(norm, config.hidden_size, config) if submodules.ffn else None
+        self.location = submodules.normalization.location
+        self.attention = SelfAttention(config, submodules.attention, pg_collection)
         linears = MLPSubmodules(
             linear_fc1=tensor_parallel.ColumnParallelLinear,
             linear_fc2=tensor_parallel.RowParallelLinear,
         )
         self.mlp = MLP(config, linears, tp_group=pg_collection.tp) if submodules.ffn else None
+        sublayers = ("attention", "mlp") if submodules.ffn else ("attention",)
+        self.norms = torch.nn.ModuleDict(
+            {
+                name: make_norm(submodules.normalization, config.hidden_size, config)
+                for sublayer in sublayers
+                for name in self._norm_names(sublayer)
+            }
+        )
+
+    def _norm_names(self, sublayer: str) -> list[str]:
+        before, after = f"{sublayer}_input", f"{sublayer}_output"
+        return {"pre": [before], "post": [after], "sandwich": [before, after]}[self.location]
 
     def forward(
         self,
@@ -78,12 +90,25 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
     ) -> tuple[Tensor, None]:
         """hidden_states [s, b, n] -> the same shape. TransformerBlock passes more arguments than a
         decoder needs; masks follow from positions."""
-        attended = self.attention(self.attention_norm(hidden_states), rotary_pos_emb)
-        hidden_states = hidden_states + self._dropout(attended)
+
+        def attention(x: Tensor) -> Tensor:
+            attended: Tensor = self.attention(x, rotary_pos_emb)
+            return attended
+
+        hidden_states = self._around(hidden_states, attention, "attention")
         if self.mlp is not None:
-            assert self.mlp_norm is not None
-            hidden_states = hidden_states + self._dropout(self.mlp(self.mlp_norm(hidden_states))[0])
+            mlp = self.mlp
+            hidden_states = self._around(hidden_states, lambda x: mlp(x)[0], "mlp")
         return hidden_states, None
+
+    def _around(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        if self.location == "post":
+            added: Tensor = self.norms[f"{name}_output"](x + self._dropout(sublayer(x)))
+            return added
+        output = self._dropout(sublayer(self.norms[f"{name}_input"](x)))
+        if self.location == "sandwich":
+            output = self.norms[f"{name}_output"](output)
+        return x + output
 
     def _dropout(self, x: Tensor) -> Tensor:
         probability = self.config.hidden_dropout

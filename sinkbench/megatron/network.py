@@ -33,10 +33,17 @@ class Embedding(MegatronModule):  # type: ignore[misc]
         config: TransformerConfig,
         vocab_size: int,
         positional: PositionalSpec,
+        sink_token: bool,
         seed: int,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
+        self.sink_token: torch.nn.Parameter | None = None
+        if sink_token:
+            data = torch.empty(
+                config.hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device()
+            )
+            self.sink_token = torch.nn.Parameter(data)
         self.tp_group = pg_collection.tp
         self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
             vocab_size,
@@ -55,10 +62,13 @@ class Embedding(MegatronModule):  # type: ignore[misc]
                 parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, tokens_bs: Tensor, position_s: Tensor) -> Tensor:
-        """Returns [s, b, n]; under sequence parallelism this rank's share of s."""
+        """Returns [s, b, n], a sink token in front if the model has one; under sequence parallelism
+        this rank's share of s."""
         words: Tensor = self.word_embeddings(tokens_bs)
         if not self.config.sequence_parallel:
             words = words.transpose(0, 1).contiguous()
+        if self.sink_token is not None:
+            words = torch.cat([self.sink_token.expand(1, *words.shape[1:]), words])
         if self.position_embeddings is not None:
             if self.config.sequence_parallel:
                 position_s = position_s.chunk(self.tp_group.size())[self.tp_group.rank()]
@@ -98,8 +108,11 @@ class Network(LanguageModule):  # type: ignore[misc]
         self.share_embeddings_and_output_weights = tie_embeddings
         self.positional = positional
         self.loss = loss
+        sink_token = parts.attention.spec.sink_token
+        self.leading = int(sink_token)
+        """Positions before the first token."""
         if pre_process:
-            self.embedding = Embedding(config, vocab_size, positional, seed, pg_collection)
+            self.embedding = Embedding(config, vocab_size, positional, sink_token, seed, pg_collection)
         count = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
         self.decoder = TransformerBlock(
             config,
@@ -111,7 +124,10 @@ class Network(LanguageModule):  # type: ignore[misc]
             vp_stage=vp_stage,
         )
         if post_process:
-            self.final_norm = make_norm(parts.normalization, config.hidden_size, config)
+            post_norm = parts.normalization.location == "post"
+            self.final_norm = (
+                None if post_norm else make_norm(parts.normalization, config.hidden_size, config)
+            )
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 vocab_size,
@@ -133,18 +149,21 @@ class Network(LanguageModule):  # type: ignore[misc]
     def forward(self, batch: Batch) -> Tensor:
         """A stage's output: hidden states [s, b, n], or on the last stage the token losses times
         their weights, float32 [b, s] of the local positions. A batch without targets gives hidden
-        states on the last stage too, normed."""
+        states on the last stage too, normed, with the sink token's if there is one."""
         tokens = batch["tokens"]
         position = local_positions(tokens.shape[1], self.cp_group, tokens.device)
-        embedded = self.embedding(tokens[:, position], position) if self.pre_process else None
+        place = local_positions(tokens.shape[1] + self.leading, self.cp_group, tokens.device)
+        embedded = self.embedding(tokens[:, position], place) if self.pre_process else None
         hidden: Tensor = self.decoder(
-            hidden_states=embedded, attention_mask=None, rotary_pos_emb=self._rotation(position)
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=self._rotation(place)
         )
         if not self.post_process:
             return hidden
-        hidden = self.final_norm(hidden)
+        if self.final_norm is not None:
+            hidden = self.final_norm(hidden)
         if "targets" not in batch:
             return hidden
+        hidden = hidden[self.leading :]
         losses = self._token_losses(self.logits(hidden), batch["targets"][:, position])
         return losses * batch["weights"][:, position]
 

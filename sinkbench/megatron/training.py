@@ -111,7 +111,7 @@ class Engine:
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self.stages if len(self.stages) > 1 else self.stages[0],
             num_microbatches=len(micro_batches),
-            seq_length=length,
+            seq_length=length + self.networks[0].leading,
             micro_batch_size=size,
             forward_only=forward_only,
         )
