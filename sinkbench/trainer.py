@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -156,10 +157,13 @@ class Trainer:
         return checkpoint.step
 
     def _train(self, start: int) -> None:
-        config, steps = self.config, self.config.train.steps
-        batches = self._batches(start)
         if start == 0:
             self._probe(0)
+        with closing(self._batches(start)) as batches:
+            self._steps(start, batches)
+
+    def _steps(self, start: int, batches: Iterator[list[Batch]]) -> None:
+        config, steps = self.config, self.config.train.steps
         elapsed, counted = 0.0, 0
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
@@ -188,7 +192,7 @@ class Trainer:
         values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": self.tokens}
         self._log(step, "train", {**values, "tokens_per_second": rate, "mfu": mfu})
 
-    def _batches(self, start: int) -> Iterator[list[Batch]]:
+    def _batches(self, start: int) -> Generator[list[Batch]]:
         """This rank's micro-batches of each step, on its device, after the recipe's transforms."""
         share = self.config.train.global_batch_size // self.layout.data_size
         loader = micro_batches(
@@ -199,8 +203,9 @@ class Trainer:
             dp_rank=self.layout.data_rank,
             dp_size=self.layout.data_size,
         )
-        while True:
-            yield [self._ready(next(loader)) for _ in range(share // self.micro_batch)]
+        with closing(loader):
+            while True:
+                yield [self._ready(next(loader)) for _ in range(share // self.micro_batch)]
 
     def _ready(self, batch: Batch) -> Batch:
         batch = {name: x.to(self.layout.device, non_blocking=True) for name, x in batch.items()}

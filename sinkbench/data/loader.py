@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 import torch
@@ -55,7 +55,7 @@ def micro_batches(
     micro_batch_size: int,
     dp_rank: int,
     dp_size: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Endless micro-batches of one data-parallel rank: tensors [micro_batch_size, seq_length + 1].
 
     Step t uses sequences t * global_batch_size .. (t + 1) * global_batch_size - 1 of the run, of which
@@ -78,7 +78,7 @@ def micro_batches(
     return _read_ahead(iter(loader), _AHEAD)
 
 
-def _read_ahead(items: Iterator[Item], ahead: int) -> Iterator[Item]:
+def _read_ahead(items: Iterator[Item], ahead: int) -> Generator[Item]:
     """The same endless items, made by a thread while the last ones are used."""
     ready: queue.Queue[Item | BaseException] = queue.Queue(ahead)
     stopped = threading.Event()
@@ -101,7 +101,8 @@ def _read_ahead(items: Iterator[Item], ahead: int) -> Iterator[Item]:
         except BaseException as error:  # handed to the training loop, which raises it
             put(error)
 
-    threading.Thread(target=work, name="read ahead", daemon=True).start()
+    thread = threading.Thread(target=work, name="read ahead", daemon=True)
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -110,3 +111,4 @@ def _read_ahead(items: Iterator[Item], ahead: int) -> Iterator[Item]:
             yield item
     finally:
         stopped.set()
+        thread.join()  # a thread that is in torch when the interpreter exits aborts the process
