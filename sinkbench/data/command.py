@@ -97,5 +97,7 @@ def _print_counts(folder: Path, manifest: Manifest, state: str) -> None:
     for split, documents in manifest.documents.items():
         print(f"  {split}: {documents:,} documents, {manifest.tokens[split]:,} tokens")
     print(f"  left out: {manifest.duplicates:,} duplicates, {manifest.empty:,} empty documents")
+    if manifest.not_text:
+        print(f"  left out: {manifest.not_text:,} files of folders that are not UTF-8")
     tokenizer = manifest.tokenizer
     print(f"  tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens, sha256 {tokenizer.sha256[:12]}")

@@ -46,9 +46,14 @@ class Input:
 
 @dataclass(frozen=True)
 class TextFile:
-    """A file that is one document."""
+    """A file that is one document.
+
+    Attributes:
+        named: the user named it; one found in a folder is passed over if it is no text.
+    """
 
     path: Path
+    named: bool
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ def _pieces(entry: Input, unit_bytes: int) -> Iterator[tuple[Piece, int, int]]:
         try:
             if path.name.endswith(_TEXT):
                 size = path.stat().st_size
-                yield TextFile(path), size, size
+                yield TextFile(path, named=path == Path(entry.name).expanduser()), size, size
             elif path.name.endswith(_PARQUET):
                 yield from _row_groups(path)
             else:
@@ -218,18 +223,21 @@ def _row_groups(path: Path) -> Iterator[tuple[Piece, int, int]]:
 
 
 def documents(piece: Piece, text_field: str) -> Iterator[str]:
-    """The texts of a piece. Characters that UTF-8 cannot carry (lone surrogates, which JSON can spell)
-    become question marks.
+    """The texts of a piece; none for a file found in a folder that is not UTF-8. Characters that UTF-8
+    cannot carry (lone surrogates, which JSON can spell) become question marks.
 
     Raises:
         DataError: bytes that are not UTF-8, a line that is not a JSON object, a missing text.
     """
     match piece:
-        case TextFile(path):
+        case TextFile(path, named):
             try:
                 yield _decode(path.read_bytes(), str(path))
             except OSError as error:
                 raise _unreadable(path, error) from error
+            except DataError:
+                if named:
+                    raise
         case JsonLines():
             for text in _json_texts(piece, text_field):
                 yield text.encode("utf-8", "replace").decode("utf-8")

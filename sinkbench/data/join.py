@@ -103,6 +103,7 @@ def _counts(
                 tokens=int(lengths[mine & kept].sum()),
                 duplicates=int((mine & ~kept).sum()),
                 empty=sum(index.empty for index in indices if index.input_index == number),
+                not_text=sum(index.not_text for index in indices if index.input_index == number),
             )
         )
     return records

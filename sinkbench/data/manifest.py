@@ -50,6 +50,7 @@ class InputRecord(_Record):
     tokens: int
     duplicates: int
     empty: int
+    not_text: int
 
 
 class Manifest(_Record):
@@ -64,6 +65,8 @@ class Manifest(_Record):
     """documents left out because an earlier one has the same text."""
     empty: int
     """documents left out because they hold nothing but white space."""
+    not_text: int
+    """files of folders left out because they are not UTF-8."""
     inputs: list[InputRecord]
     tokenizer: TokenizerRecord
     dtype: Literal["uint16", "int32"]

@@ -296,6 +296,7 @@ class _Job:
             tokens=joined.tokens,
             duplicates=sum(record.duplicates for record in joined.inputs),
             empty=sum(record.empty for record in joined.inputs),
+            not_text=sum(record.not_text for record in joined.inputs),
             inputs=joined.inputs,
             tokenizer=TokenizerRecord(
                 kind=tokenizer.kind,

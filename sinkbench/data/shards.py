@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from sinkbench.data.documents import Unit, documents, text_hash
+from sinkbench.data.documents import TextFile, Unit, documents, text_hash
 from sinkbench.data.tokenizer import Tokenizer, load_tokenizer
 
 _BATCH = 64
@@ -35,18 +35,20 @@ class ShardIndex:
         hashes: uint64 [documents, 2], see ``text_hash``.
         input_index: the input that the unit belongs to.
         empty: documents left out because they hold nothing but white space.
+        not_text: files of folders left out because they are not UTF-8.
     """
 
     lengths: npt.NDArray[np.int64]
     hashes: npt.NDArray[np.uint64]
     input_index: int
     empty: int
+    not_text: int
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
         with np.load(path) as arrays:
-            input_index, empty = (int(count) for count in arrays["counts"])
-            return cls(arrays["lengths"], arrays["hashes"], input_index, empty)
+            counts = (int(count) for count in arrays["counts"])
+            return cls(arrays["lengths"], arrays["hashes"], *counts)
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -62,7 +64,7 @@ def load_documents(path: Path) -> list[Tokens]:
 def _save(path: Path, tokens: Tokens, index: ShardIndex) -> None:
     """Writes a shard under a temporary name, then renames it: a shard that exists is whole."""
     temporary = path.with_suffix(".tmp")
-    counts = np.array([index.input_index, index.empty])
+    counts = np.array([index.input_index, index.empty, index.not_text])
     with temporary.open("wb") as stream:
         np.savez(stream, tokens=tokens, lengths=index.lengths, hashes=index.hashes, counts=counts)
     temporary.replace(path)
@@ -81,7 +83,8 @@ def make_sample(text_field: str, share: float) -> Callable[[Unit], tuple[int, li
 
 def _tokenise(tokenizer: Tokenizer, text_field: str, folder: Path, job: tuple[int, Unit]) -> int:
     number, unit = job
-    texts = [text for piece in unit.pieces for text in documents(piece, text_field)]
+    by_piece = [list(documents(piece, text_field)) for piece in unit.pieces]
+    texts = [text for found in by_piece for text in found]
     filled = [text for text in texts if _has_text(text)]
     rows = [
         np.append(ids, tokenizer.eos_id)
@@ -95,6 +98,10 @@ def _tokenise(tokenizer: Tokenizer, text_field: str, folder: Path, job: tuple[in
         hashes=hashes.reshape(-1, 2),
         input_index=unit.input_index,
         empty=len(texts) - len(filled),
+        not_text=sum(
+            isinstance(piece, TextFile) and not found
+            for piece, found in zip(unit.pieces, by_piece, strict=True)
+        ),
     )
     _save(shard_path(folder, number), tokens.astype(token_dtype(tokenizer.vocab_size)), index)
     return unit.size

@@ -400,10 +400,20 @@ def test_nothing_is_left_after_an_error(tmp_path: Path, model: Path, exists: boo
 
 
 def test_error_of_a_worker_process_is_the_same_line(tmp_path: Path, corpus: list[str], model: Path) -> None:
-    (tmp_path / "corpus" / "50.txt").write_bytes(b"\xff")
-    with pytest.raises(DataError, match=r"50.txt: is not UTF-8 \(byte 0\); convert it to UTF-8"):
-        prepare(request(corpus, model), tmp_path / "out", workers=2)
+    (tmp_path / "latin.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"latin.txt: is not UTF-8 \(byte 0\); convert it to UTF-8"):
+        prepare(request([*corpus, str(tmp_path / "latin.txt")], model), tmp_path / "out", workers=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_file_of_a_folder_that_is_no_text_is_passed_over(
+    tmp_path: Path, corpus: list[str], model: Path
+) -> None:
+    before = prepare(request(corpus, model), tmp_path / "before", workers=1)
+    (tmp_path / "corpus" / "50a.txt").write_bytes(b"\xff")
+    after = prepare(request(corpus, model), tmp_path / "after", workers=1)
+    assert (before.not_text, after.not_text) == (0, 1)
+    assert after.tokens == before.tokens
 
 
 def test_input_without_text(tmp_path: Path, corpus: list[str], model: Path) -> None:
