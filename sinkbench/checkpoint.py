@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from sinkbench.megatron.training import Engine
 
 INFO = "checkpoint.json"
+RECIPE = "recipe.yaml"
 FORMAT = 1
+USE_EARLIER = "delete the folder to go on from an earlier checkpoint"
 _STEP = re.compile(r"step_(\d+)$")
 
 
@@ -37,34 +39,45 @@ class Checkpoint:
 
     @property
     def recipe(self) -> Path:
-        return self.folder / "recipe.yaml"
+        return self.folder / RECIPE
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: the folder is no checkpoint, is incomplete, or of another format.
+        CheckpointError: the folder is no checkpoint, is incomplete, of another format, or a file does not
+            have the size it was written with.
     """
     if not folder.is_dir():
         raise CheckpointError(str(folder), "there is no such checkpoint", "name a folder checkpoints/step_N")
+    path = folder / INFO
     try:
-        info = json.loads((folder / INFO).read_text())
-        version, step, layout = info["format"], int(info["step"]), dict(info["layout"])
+        info = json.loads(path.read_text())
+        if info["format"] != FORMAT:
+            problem = f"it has format {info['format']}, this version reads {FORMAT}"
+            raise CheckpointError(str(folder), problem, "use a matching sinkbench")
+        sizes = {str(name): int(size) for name, size in info["files"].items()}
+        checkpoint = Checkpoint(folder=folder, step=int(info["step"]), layout=dict(info["layout"]))
     except FileNotFoundError:
-        raise CheckpointError(
-            str(folder), f"{INFO} is missing, so it is not a complete checkpoint", "use an earlier one"
-        ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(str(folder / INFO), f"it is damaged ({error})", "use an earlier one") from None
-    if version != FORMAT:
-        raise CheckpointError(
-            str(folder), f"it has format {version}, this version reads {FORMAT}", "use a matching sinkbench"
-        )
-    for name in (".metadata", "metadata.json", "recipe.yaml"):
-        if not (folder / name).is_file():
-            raise CheckpointError(str(folder), f"{name} is missing", "use an earlier checkpoint")
-    return Checkpoint(folder=folder, step=step, layout=layout)
+        problem = f"{INFO} is missing, so it is not a complete checkpoint"
+        raise CheckpointError(str(folder), problem, USE_EARLIER) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"is damaged ({type(error).__name__}: {error})"
+        raise CheckpointError(str(path), problem, USE_EARLIER) from None
+    _check_files(folder, sizes)
+    return checkpoint
+
+
+def _check_files(folder: Path, sizes: dict[str, int]) -> None:
+    for name in (*sizes, RECIPE):
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(str(path), "is missing", f"copy it again, or {USE_EARLIER}")
+        size = path.stat().st_size
+        if size != sizes.get(name, size):
+            problem = f"has {size} bytes where {INFO} says {sizes[name]}"
+            raise CheckpointError(str(path), problem, f"copy it again, or {USE_EARLIER}")
 
 
 class CheckpointStore:
@@ -106,8 +119,9 @@ class CheckpointStore:
         state.save(engine, temporary)
         dist.barrier()
         if engine.layout.is_main:
-            write_atomically(temporary / "recipe.yaml", recipe)
-            info = {"format": FORMAT, "step": step, "layout": state.layout_of(engine)}
+            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            write_atomically(temporary / RECIPE, recipe)
+            info = {"format": FORMAT, "step": step, "layout": state.layout_of(engine), "files": sizes}
             write_atomically(temporary / INFO, json.dumps(info, indent=2) + "\n")
             _flush(temporary)
             shutil.rmtree(target, ignore_errors=True)
