@@ -10,7 +10,7 @@ d head size, n hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -34,6 +34,8 @@ __all__ = [
     "Elementwise",
     "ExtraSlot",
     "FeatureMap",
+    "ForwardMetric",
+    "Forwards",
     "LayerCapture",
     "LossSpec",
     "Metric",
@@ -319,6 +321,9 @@ class LossSpec:
 
 # --- measurement --------------------------------------------------------------------------------
 
+BLOCK_ELEMENTS = 2**24
+"""Attention weights that a metric holds at once, 64 MiB of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCapture:
@@ -326,8 +331,10 @@ class LayerCapture:
     stage's layer, whatever the parallel layout. Tensors are float32 on the model's device.
 
     Attributes:
-        layer: number of the layer, from 1.
-        weights_bhqk: attention weights A as the model used them; zero where masked.
+        layer: number of the layer, from 1. Layers without attention are numbered too, but not captured.
+        weight_rows: (start, end) -> attention weights A of the queries start .. end - 1 (from 0) as the
+            model used them, [b, h, end - start, k]; zero where masked. Whether they were kept or are
+            computed when asked for depends on the length; ``weight_blocks`` works at any.
         slot_bhq: weight of the extra slot or of the sink token, if the model has one; the sink token
             is in none of the other tensors.
         query_bhsd, key_bhsd, value_bhsd: after rotary; keys and values one per kv head.
@@ -336,7 +343,7 @@ class LayerCapture:
     """
 
     layer: int
-    weights_bhqk: Tensor
+    weight_rows: Callable[[int, int], Tensor]
     slot_bhq: Tensor | None = None
     query_bhsd: Tensor
     key_bhsd: Tensor
@@ -344,6 +351,19 @@ class LayerCapture:
     input_bsn: Tensor
     output_bsn: Tensor
     batch: Batch
+
+    @property
+    def weights_bhqk(self) -> Tensor:
+        """The whole matrix A: only for sequences short enough to hold it."""
+        return self.weight_rows(0, self.query_bhsd.shape[2])
+
+    def weight_blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """All of A, the rows of a few queries at a time: the number of the first query, from 0, and
+        A [b, h, q, k] of it and the following ones."""
+        batch, heads, length, _ = self.query_bhsd.shape
+        rows = max(1, BLOCK_ELEMENTS // (batch * heads * length))
+        for start in range(0, length, rows):
+            yield start, self.weight_rows(start, min(start + rows, length))
 
 
 Observation: TypeAlias = "dict[str, Tensor]"
@@ -354,10 +374,42 @@ class Metric(Protocol):
 
     ``observe`` reduces one layer's capture to small tensors whose first dimension is the sequence;
     the core concatenates batches and gathers layers. ``result`` gets one such dict per layer, in
-    order, and returns floats (which go to metrics.jsonl) or nested lists of floats (per layer, per
-    head; which go to the run's measure folder).
+    order, and returns floats (which go to metrics.jsonl) or nested lists of floats (which go to the
+    run's measure folder): by layer, then by head or kv head, then by position; a list whose name ends
+    in ``_tokens`` has the position last.
     """
 
     def observe(self, capture: LayerCapture) -> Observation: ...
 
     def result(self, layers: Sequence[Observation]) -> dict[str, float | list[Any]]: ...
+
+
+class Forwards(Protocol):
+    """Forward passes of the model under measurement over all probe sequences, as it is or changed."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of a probe sequence."""
+
+    def losses(
+        self,
+        *,
+        visible: Callable[[Tensor, Tensor], Tensor] | None = None,
+        linear_weight: Callable[[Tensor], Tensor] | None = None,
+        linear_input: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Cross entropy in nats of every token but the first, float32 [b, s - 1], on the CPU.
+
+        Args:
+            visible: (query positions, key positions), int64 from 0 and broadcastable -> bool: which of
+                the keys that the model lets a query see it shall still see, in every layer.
+            linear_weight: replaces the weight of every linear map within the layers.
+            linear_input: replaces the inputs [b, s, n] of these maps.
+        """
+
+
+class ForwardMetric(Protocol):
+    """A measurement that needs forward passes of its own, and so is made only by ``sinkbench measure``,
+    when asked for by name."""
+
+    def measure(self, model: Forwards) -> dict[str, float | list[Any]]: ...

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from sinkbench.api import BuildContext, Metric, Params, Plugin, hookimpl
 
 if TYPE_CHECKING:
     from sinkbench.config import Config
 
+Position = Annotated[int, Field(ge=1, le=64)]
+
 
 class SinkParams(Params):
     eps: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
     """thresholds on the importance of a key; default: measure.eps. The first one names the plain
     ``sink_1_raw``, the others ``sink_1_raw_eps0.2``."""
-    k: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1,)
-    """positions of the keys, from 1."""
+    k: Annotated[tuple[Position, ...], Field(min_length=1)] = (1,)
+    """positions of the keys, from 1 to 64."""
+    total: tuple[Position, ...] = ()
+    """also the sum of the sink rates of the first so many positions."""
     proxy_eps: PositiveFloat = 1e-8
     """added to the row sum of |A| that the proxy divides by."""
 
@@ -29,9 +33,10 @@ class SinkParams(Params):
 def _check_sink(params: SinkParams, config: Config) -> list[str]:
     length = config.measure.length
     return [
-        f"k {k} is above measure.length {length}; lower it or raise measure.length"
-        for k in params.k
-        if k > length
+        f"{name} {position} is above measure.length {length}; lower it or raise measure.length"
+        for name, positions in (("k", params.k), ("total", params.total))
+        for position in positions
+        if position > length
     ]
 
 
@@ -39,7 +44,10 @@ def _build_sink(params: SinkParams, context: BuildContext) -> Metric:
     from ._measures import Sink
 
     return Sink(
-        eps=params.eps or (context.config.measure.eps,), positions=params.k, proxy_eps=params.proxy_eps
+        eps=params.eps or (context.config.measure.eps,),
+        positions=params.k,
+        totals=params.total,
+        proxy_eps=params.proxy_eps,
     )
 
 

@@ -68,7 +68,7 @@ class Recorder:
         first = int(spec.sink_token)
         capture = LayerCapture(
             layer=number,
-            weights_bhqk=weights,
+            weight_rows=lambda start, end: weights[:, :, start:end],
             slot_bhq=slot,
             query_bhsd=self._heads(query)[:, :, first:],
             key_bhsd=self._heads(key)[:, :, first:],

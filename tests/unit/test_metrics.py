@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +50,7 @@ def build(name: str, **params: Any) -> Metric:
         num_kv_heads=KV_HEADS,
         head_size=2,
         seq_length=16,
+        num_positions=16,
         vocab_size=65,
         config=config,
     )
@@ -60,6 +62,18 @@ def build(name: str, **params: Any) -> Metric:
 def find(name: str) -> Plugin:
     found: dict[str, Plugin] = {plugin.name: plugin for plugin in plugins.sinkbench_metric()}
     return found[name]
+
+
+def rows_of(weights_bhqk: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    return lambda start, end: weights_bhqk[:, :, start:end]
+
+
+def changed(capture: LayerCapture, **tensors: torch.Tensor) -> LayerCapture:
+    """The capture with other tensors, the attention weights among them."""
+    fields: dict[str, Any] = dict(tensors)
+    if "weights_bhqk" in fields:
+        fields["weight_rows"] = rows_of(fields.pop("weights_bhqk"))
+    return replace(capture, **fields)
 
 
 def captures(seed: int = 0, signed: bool = False) -> list[LayerCapture]:
@@ -81,7 +95,7 @@ def captures(seed: int = 0, signed: bool = False) -> list[LayerCapture]:
         layers.append(
             LayerCapture(
                 layer=layer,
-                weights_bhqk=weights.tril(),
+                weight_rows=rows_of(weights.tril()),
                 query_bhsd=draw(SEQUENCES, HEADS, LENGTH, 2),
                 key_bhsd=draw(SEQUENCES, KV_HEADS, LENGTH, 2),
                 value_bhsd=draw(SEQUENCES, KV_HEADS, LENGTH, 2),
@@ -107,11 +121,8 @@ def measure(metric: Metric, layers: list[LayerCapture], batch_size: int = SEQUEN
 
 def sequences(capture: LayerCapture, chosen: slice) -> LayerCapture:
     tensors = ("weights_bhqk", "query_bhsd", "key_bhsd", "value_bhsd", "input_bsn", "output_bsn")
-    return replace(
-        capture,
-        **{name: getattr(capture, name)[chosen] for name in tensors},
-        batch={key: value[chosen] for key, value in capture.batch.items()},
-    )
+    cut = changed(capture, **{name: getattr(capture, name)[chosen] for name in tensors})
+    return replace(cut, batch={key: value[chosen] for key, value in capture.batch.items()})
 
 
 def alpha_by_loops(weights: np.ndarray, proxy: bool) -> np.ndarray:
@@ -154,6 +165,38 @@ def test_sink_equals_the_formula(kind: str, signed: bool) -> None:
     assert 0 < result[f"sink_1_{kind}"] < 100, "the case must tell heads with a sink from those without"
 
 
+def test_total_is_the_sum_over_the_first_positions() -> None:
+    result = measure(build("sink", k=(1, 2, 3), total=(3,), eps=(0.3, 0.2)), captures())
+    for suffix in ("raw", "proxy", "raw_eps0.2", "proxy_eps0.2"):
+        parts = [result[f"sink_{k}_{suffix}"] for k in (1, 2, 3)]
+        assert result[f"sink_total_3_{suffix}"] == pytest.approx(sum(parts), rel=1e-5)
+
+
+def test_slot_has_a_sink_rate_of_its_own_and_counts_in_its_row() -> None:
+    layers = captures()
+    slots = [torch.rand(SEQUENCES, HEADS, LENGTH) * 0.6 for _ in layers]
+    with_slot = [replace(c, slot_bhq=slot) for c, slot in zip(layers, slots, strict=True)]
+    result = measure(build("sink"), with_slot)
+
+    alpha = np.stack([slot.double().numpy().mean(axis=-1) for slot in slots])
+    assert result["importance_slot"] == pytest.approx(alpha.mean(), rel=1e-5)
+    assert result["sink_slot"] == pytest.approx(100 * (alpha > 0.3).mean(), rel=1e-5)
+    np.testing.assert_allclose(result["sink_slot_heads"], 100 * (alpha > 0.3).mean(axis=1), rtol=1e-5)
+    rows = np.stack([c.weights_bhqk.double().numpy() for c in layers]).sum(axis=-1) + np.stack(slots)
+    assert result["row_sum"] == pytest.approx(rows.mean(), rel=1e-5)
+    first = np.stack([c.weights_bhqk.double().numpy() for c in layers])[..., 0]
+    assert result["importance_1_proxy"] == pytest.approx((first / rows).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sink", "trigger"])
+def test_blocks_of_queries_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = measure(build(name), captures())
+    monkeypatch.setattr("sinkbench.api.BLOCK_ELEMENTS", 3 * SEQUENCES * HEADS * LENGTH)
+    blocks = measure(build(name), captures())
+    for key, value in whole.items():
+        assert numbers(blocks[key]) == pytest.approx(numbers(value), rel=1e-5), key
+
+
 def test_row_sum_is_that_of_the_weights_as_used() -> None:
     layers = captures(signed=True)
     result = measure(build("sink"), layers)
@@ -173,7 +216,7 @@ def test_queries_before_the_key_do_not_count() -> None:
     seen = capture.weights_bhqk.clone()
     seen[:, :, 0, 1] = 5.0
     metric = build("sink", k=(2,))
-    without, with_prefix = metric.observe(capture), metric.observe(replace(capture, weights_bhqk=seen))
+    without, with_prefix = metric.observe(capture), metric.observe(changed(capture, weights_bhqk=seen))
     torch.testing.assert_close(without["importance_raw"], with_prefix["importance_raw"])
     assert (without["row_sum"] < with_prefix["row_sum"]).all()
 
@@ -191,7 +234,7 @@ def test_defaults_are_those_of_the_paper() -> None:
 def test_norms_equal_the_formula(kind: str, vectors: str) -> None:
     layers = captures()
     result = measure(build("norms"), layers)
-    first, rest, ratio = [], [], []
+    first, rest, ratio, by_token = [], [], [], []
     for capture in layers:
         x = (
             getattr(capture, vectors)
@@ -202,6 +245,7 @@ def test_norms_equal_the_formula(kind: str, vectors: str) -> None:
         norm = np.zeros(x.shape[:3])
         for b, h, t in np.ndindex(*norm.shape):
             norm[b, h, t] = sum(component**2 for component in x[b, h, t]) ** 0.5
+        by_token.append(norm.mean(axis=0))
         first.append(norm[..., 0].mean(axis=0))
         rest.append(norm[..., 1:].mean(axis=(0, 2)))
         ratio.append((norm[..., 0] / norm[..., 1:].mean(axis=-1)).mean(axis=0))
@@ -216,6 +260,8 @@ def test_norms_equal_the_formula(kind: str, vectors: str) -> None:
     }[kind]
     assert result[scalar] == pytest.approx(reduced, rel=1e-5)
     np.testing.assert_allclose(result[per_layer], np.reshape(ratio, shape), rtol=1e-5)
+    tokens = np.reshape(by_token, (*shape, LENGTH))
+    np.testing.assert_allclose(result[f"{kind}_norm_tokens"], tokens, rtol=1e-5)
 
 
 def test_trigger_attention_equals_the_formula() -> None:
@@ -254,8 +300,7 @@ def test_batches_do_not_change_the_result(name: str) -> None:
 
 
 def _without(capture: LayerCapture, *fields: str) -> LayerCapture:
-    zeros: dict[str, Any] = {field: torch.zeros_like(getattr(capture, field)) for field in fields}
-    return replace(capture, **zeros)
+    return changed(capture, **{field: torch.zeros_like(getattr(capture, field)) for field in fields})
 
 
 @pytest.mark.parametrize("name", ["sink", "norms", "trigger"])
@@ -280,7 +325,7 @@ def test_a_diverged_model_has_no_sink_rate() -> None:
 def test_bfloat16_is_accumulated_in_float32(name: str) -> None:
     def cast(capture: LayerCapture, dtype: torch.dtype) -> LayerCapture:
         fields = ("weights_bhqk", "key_bhsd", "value_bhsd", "output_bsn")
-        return replace(capture, **{f: getattr(capture, f).to(torch.bfloat16).to(dtype) for f in fields})
+        return changed(capture, **{f: getattr(capture, f).to(torch.bfloat16).to(dtype) for f in fields})
 
     low = measure(build(name), [cast(c, torch.bfloat16) for c in captures()])
     high = measure(build(name), [cast(c, torch.float32) for c in captures()])
