@@ -59,6 +59,6 @@ def test_a_shipped_recipe_is_found_by_name(installation: Installation) -> None:
 
 
 def test_a_shipped_recipe_trains(installation: Installation) -> None:
-    done = installation.pretrain("demo.yaml", "train.steps=2", "optim.warmup_steps=1")
+    done = installation.pretrain("demo.yaml", "train.steps=2", "optim.warmup_steps=1", "name=shipped")
     assert done.returncode == 0, done.stderr
-    assert (installation.folder / "runs" / "demo" / "metrics.jsonl").is_file()
+    assert (installation.folder / "runs" / "shipped" / "metrics.jsonl").is_file()
