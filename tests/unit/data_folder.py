@@ -42,7 +42,8 @@ def write_folder(
         tokens=tokens,
         duplicates=0,
         empty=0,
-        inputs=[InputRecord(input="x", documents=0, tokens=0, duplicates=0, empty=0)],
+        not_text=0,
+        inputs=[InputRecord(input="x", documents=0, tokens=0, duplicates=0, empty=0, not_text=0)],
         tokenizer=TokenizerRecord(
             kind="sentencepiece",
             path="tokenizer/tokenizer.model",
