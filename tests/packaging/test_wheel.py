@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.packaging.conftest import ROOT, Installation
+from tests.packaging.conftest import Installation
 
 PACKAGES = {"sinkbench": "sinkbench", "plugins": "sinkbench_plugins", "recipes": "sinkbench_recipes"}
 
@@ -19,13 +19,13 @@ def files(wheel: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", PACKAGES)
-def test_the_wheel_carries_every_file(files: set[str], folder: str) -> None:
-    packaged = {
-        f"{PACKAGES[folder]}/{path.relative_to(ROOT / folder).as_posix()}"
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+def test_the_wheel_carries_every_file(files: set[str], source: Path, folder: str) -> None:
+    expected = {
+        f"{PACKAGES[folder]}/{path.relative_to(source / folder).as_posix()}"
+        for path in (source / folder).rglob("*")
+        if path.is_file()
     }
-    assert packaged == {name for name in files if name.startswith(f"{PACKAGES[folder]}/")}
+    assert expected == {name for name in files if name.startswith(f"{PACKAGES[folder]}/")}
 
 
 def test_the_wheel_carries_nothing_else(files: set[str]) -> None:
