@@ -31,6 +31,7 @@ __all__ = [
     "AttentionSpec",
     "Batch",
     "BuildContext",
+    "DataTransform",
     "Elementwise",
     "ExtraSlot",
     "FeatureMap",
@@ -93,8 +94,7 @@ class Plugin:
         name: the name a recipe uses; unique within its kind.
         summary: one line for ``sinkbench plugins list``.
         build: called with the validated parameters and the model's sizes; what it returns depends on
-            the kind (AttentionSpec, NormalizationSpec, PositionalSpec, LossSpec, a batch transform,
-            a Metric).
+            the kind (AttentionSpec, NormalizationSpec, PositionalSpec, LossSpec, DataTransform, Metric).
         params: the pydantic model of the parameters.
         provides: capabilities such as "tp", "cp", "cpu" that others may require.
         requires: capabilities that another part of the recipe must provide.
@@ -187,7 +187,8 @@ class FeatureMap:
 
 @dataclass(frozen=True, kw_only=True)
 class ExtraSlot:
-    """One more key and value, not rotated, visible to every query; its weight is the paper's alpha_*.
+    """One more key and value, visible to every query: not rotated and without a position, but mapped,
+    scaled and biased as the other keys are. Its weight is the paper's alpha_*.
 
     Attributes:
         key: name of a declared parameter of shape ("kv_heads", "head_size") or ("head_size",).
@@ -301,7 +302,8 @@ class PositionalSpec:
 Batch: TypeAlias = "dict[str, Tensor]"
 """tokens_bs int64. A data source gives s = seq_length + 1 tokens; a loss's transform gives
 ``tokens`` and ``targets`` of seq_length, and ``weights`` float32 of the same shape. Other entries
-(such as ``trigger_bs`` of Bigram-Backcopy) ride along."""
+ride along: ``trigger`` bool of Bigram-Backcopy; ``loss_mask`` bool of chat data, true for the tokens of
+responses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,11 +314,28 @@ class LossSpec:
         transform: Batch with tokens [b, seq_length + 1] -> Batch with tokens, targets, weights.
         z_loss: factor on log(Z)^2 (0 turns it off).
         bidirectional_prefix: the first so many positions of a sequence see one another (prefix LM).
+        needs: entries of the batch beside tokens that the data must give.
     """
 
     transform: Callable[[Batch], Batch]
     z_loss: float = 0.0
     bidirectional_prefix: int = 0
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataTransform:
+    """A change to token sequences, before the loss's transform. It depends on the batch alone, row by
+    row, so that a sequence is the same under every parallel layout and after a resume.
+
+    Attributes:
+        transform: Batch with tokens [b, s] -> Batch of the same shapes; training and validation have
+            s = seq_length + 1.
+        on_probes: probe sequences are changed too, rather than natural.
+    """
+
+    transform: Callable[[Batch], Batch]
+    on_probes: bool = False
 
 
 # --- measurement --------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def sinkbench_loss() -> list[Plugin]:
 
 @hookspec
 def sinkbench_data_transform() -> list[Plugin]:
-    """Changes to a batch of token sequences; ``build`` returns a function Batch -> Batch."""
+    """Changes to a batch of token sequences; ``build`` returns a DataTransform."""
     raise NotImplementedError
 
 

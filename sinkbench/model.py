@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sinkbench.api import AttentionSpec, Batch, BuildContext, LossSpec, NormalizationSpec, PositionalSpec
+from sinkbench.api import (
+    AttentionSpec,
+    BuildContext,
+    DataTransform,
+    LossSpec,
+    NormalizationSpec,
+    PositionalSpec,
+)
 from sinkbench.attention.backends import Backend, choose
 from sinkbench.config import Config, padded_vocab_size
 from sinkbench.errors import PluginError, RecipeError
@@ -28,7 +34,7 @@ class Declarations:
     positional: PositionalSpec
     loss: LossSpec
     backend: Backend
-    transforms: tuple[Callable[[Batch], Batch], ...]
+    transforms: tuple[DataTransform, ...]
     padded_vocab_size: int
 
 
@@ -66,14 +72,17 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
     if attention.sink_token:
         _check_sink_token(config)
         context = replace(context, num_positions=model.seq_length + 1)
+    normalization = _built(resolved.normalization, context, NormalizationSpec)
+    if model.parallel_residual:
+        _check_parallel_residual(normalization)
     return Declarations(
         context=context,
         attention=attention,
-        normalization=_built(resolved.normalization, context, NormalizationSpec),
+        normalization=normalization,
         positional=_built(resolved.positional, context, PositionalSpec),
         loss=_built(resolved.loss, context, LossSpec),
         backend=choose(attention, model.backend),
-        transforms=tuple(_transform(chosen, context) for chosen in resolved.transforms),
+        transforms=tuple(_built(chosen, context, DataTransform) for chosen in resolved.transforms),
         padded_vocab_size=padded,
     )
 
@@ -87,26 +96,30 @@ def _check_sink_token(config: Config) -> None:
         )
 
 
-def _transform(chosen: Chosen, context: BuildContext) -> Callable[[Batch], Batch]:
-    transform = chosen.plugin.build(chosen.params, context)
-    if not callable(transform):
-        raise _wrong_type(chosen, transform, "a function Batch -> Batch")
-    return transform
-
-
-def _wrong_type(chosen: Chosen, built: object, wanted: str) -> PluginError:
-    return PluginError(
-        f"{chosen.path}: plugin {chosen.plugin.name} of {chosen.package}",
-        f"build returned {type(built).__name__}",
-        f"it must return {wanted}",
-    )
+def _check_parallel_residual(normalization: NormalizationSpec) -> None:
+    if normalization.location != "pre":
+        raise RecipeError(
+            "model.parallel_residual",
+            f"needs norms before the sublayers, not {normalization.location}",
+            "set the norm's location to pre, or write false",
+        )
 
 
 def _built(chosen: Chosen, context: BuildContext, kind: type[T]) -> T:
     built = chosen.plugin.build(chosen.params, context)
     if not isinstance(built, kind):
-        raise _wrong_type(chosen, built, kind.__name__)
+        raise PluginError(
+            f"{chosen.path}: plugin {chosen.plugin.name} of {chosen.package}",
+            f"build returned {type(built).__name__}",
+            f"it must return {kind.__name__}",
+        )
     return built
+
+
+def _prefix(declared: Declarations) -> int:
+    """Positions that see one another: a sink token stands before a prefix and belongs to it."""
+    prefix = declared.loss.bidirectional_prefix
+    return prefix + int(declared.attention.sink_token) if prefix else 0
 
 
 def build_stages(config: Config, declared: Declarations, layout: Layout) -> list[Any]:
@@ -123,12 +136,13 @@ def build_stages(config: Config, declared: Declarations, layout: Layout) -> list
         spec=declared.attention,
         backend=declared.backend,
         position_bias=declared.positional.score_bias,
-        prefix=declared.loss.bidirectional_prefix,
+        prefix=_prefix(declared),
     )
     parts = LayerParts(
         attention=attention,
         normalization=declared.normalization,
         ffn=config.model.ffn != "none",
+        parallel_residual=config.model.parallel_residual,
     )
     chunks, last_rank = config.parallel.virtual_pipeline, config.parallel.pipeline - 1
     stages = []

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sinkbench import flops, manifest
-from sinkbench.api import Batch
-from sinkbench.checkpoint import CheckpointStore
+from sinkbench.api import Batch, LossSpec
+from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
 from sinkbench.data.source import SequenceSource, open_source
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from sinkbench.plugins import Resolved
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_MICRO_BATCH = 16
 """Largest micro-batch chosen when the recipe leaves it open."""
@@ -48,8 +52,17 @@ def train(config: Config, resolved: Resolved) -> dict[str, Any]:
     micro_batch = micro_batch_size(config, processes // config.parallel.model_size)
     source = open_source(config)
     declared = declare(config, resolved, source.vocab_size)
+    _check_needs(declared.loss, config, source)
     with parallel.running(config) as layout:
         return Trainer(config, resolved, declared, source, layout, micro_batch).run()
+
+
+def _check_needs(loss: LossSpec, config: Config, source: SequenceSource) -> None:
+    missing = sorted(loss.needs - source.sequence(0).keys()) if loss.needs else []
+    if missing:
+        problem = f"{config.loss.name} needs {' and '.join(missing)}, which the data does not give"
+        remedy = "prepare dialogues (JSON with messages, or prompt and response), or choose another loss"
+        raise RecipeError("loss", problem, remedy)
 
 
 def micro_batch_size(config: Config, data_size: int) -> int:
@@ -107,13 +120,24 @@ class Trainer:
         self.micro_batch = micro_batch
         self.folder = on_main(layout, lambda: RunFolder(config))
         self.manifest = manifest.describe(resolved, declared, layout, source.fingerprint)
-        self.engine = Engine(config, build_stages(config, declared, layout), layout)
         self.store = CheckpointStore(folder_of(config) / "checkpoints")
+        stages = build_stages(config, declared, layout)
+        if config.checkpoint.start_from is not None and not self.store.steps():
+            self._load_start(stages, Path(config.checkpoint.start_from).expanduser())
+        self.engine = Engine(config, stages, layout)
         self.probe = self._make_probe(resolved)
         self.flops_per_token = flops.flops_per_token(config.model, source.vocab_size)
         self.peak = flops.peak(manifest.device_name(layout.device), config.train.precision)
         self.tokens = 0
         self.sinks: list[Sink] = []
+
+    def _load_start(self, stages: list[Any], folder: Path) -> None:
+        from sinkbench.megatron import state
+
+        missing = state.load_weights(stages, open_checkpoint(folder).folder, other_attention=True)
+        if missing and self.layout.is_main:
+            names = ", ".join(missing)
+            _log.warning("%s has no %s: these start at the initial values of the recipe", folder, names)
 
     def _make_probe(self, resolved: Resolved) -> Probe | None:
         measure = self.config.measure
@@ -123,7 +147,8 @@ class Trainer:
         metrics: dict[str, Any] = {
             chosen.plugin.name: chosen.plugin.build(chosen.params, context) for chosen in resolved.metrics
         }
-        return Probe(metrics, self.source.probe(measure.count, measure.length), self.engine)
+        sequences = self.source.probe(measure.count, measure.length)
+        return Probe(metrics, sequences, self.engine, self.declared.transforms)
 
     def run(self) -> dict[str, Any]:
         start = self._resume()
@@ -209,8 +234,8 @@ class Trainer:
 
     def _ready(self, batch: Batch) -> Batch:
         batch = {name: x.to(self.layout.device, non_blocking=True) for name, x in batch.items()}
-        for transform in self.declared.transforms:
-            batch = transform(batch)
+        for change in self.declared.transforms:
+            batch = change.transform(batch)
         return self.declared.loss.transform(batch)
 
     def _validate(self, step: int) -> None:

@@ -1,31 +1,25 @@
-"""Elementwise similarities in the place of exp, normalised or not (Gu et al. 2410.10781)."""
+"""Elementwise similarities in the place of exp (Gu et al. 2410.10781).
+
+A = f(s + bias) M / Z with s = q.k / sqrt(head size) and M the 0/1 mask; Z = 1, or the row's sum + 1e-8.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import model_validator
 
-from sinkbench.api import (
-    AttentionSpec,
-    BuildContext,
-    Elementwise,
-    ParameterSpec,
-    Params,
-    Plugin,
-    hookimpl,
-)
+from sinkbench.api import AttentionSpec, BuildContext, Elementwise, ParameterSpec, Plugin, hookimpl
+
+from ._options import AttentionParams, compose
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def sigmoid(score: Tensor) -> Tensor:
-    return score.sigmoid()
-
-
-class SigmoidParams(Params):
+class SimilarityParams(AttentionParams):
     normalize: bool = True
     """divide each row by its sum."""
     bias: Literal["none", "fixed", "learned"] = "none"
@@ -34,28 +28,42 @@ class SigmoidParams(Params):
     """value of the bias at the start; -log n with n the sequence length (Ramapuram et al. 2409.04431)."""
 
     @model_validator(mode="after")
-    def _check(self) -> SigmoidParams:
+    def _check_bias(self) -> SimilarityParams:
         if self.bias == "none" and "bias_init" in self.model_fields_set:
             raise ValueError("bias_init has no effect with bias: none; set bias to fixed or learned")
         return self
 
 
-def build_sigmoid(params: SigmoidParams, context: BuildContext) -> AttentionSpec:
-    rule = Elementwise(function=sigmoid, normalize=params.normalize)
-    start = -math.log(context.seq_length) if params.bias_init == "-log n" else params.bias_init
-    if params.bias == "learned":
-        parameter = ParameterSpec(shape=("heads",), mean=start)
-        return AttentionSpec(rule=rule, score_bias="score_bias", parameters={"score_bias": parameter})
-    return AttentionSpec(rule=rule, score_bias=start if params.bias == "fixed" else None)
+def similarity(name: str, function: Callable[[Tensor], Tensor], formula: str) -> Plugin:
+    """The plugin of a similarity f."""
+
+    def build(params: SimilarityParams, context: BuildContext) -> AttentionSpec:
+        rule = Elementwise(function=function, normalize=params.normalize)
+        start = -math.log(context.seq_length) if params.bias_init == "-log n" else params.bias_init
+        if params.bias == "learned":
+            parameter = ParameterSpec(shape=("heads",), mean=start)
+            spec = AttentionSpec(rule=rule, score_bias="score_bias", parameters={"score_bias": parameter})
+        else:
+            spec = AttentionSpec(rule=rule, score_bias=start if params.bias == "fixed" else None)
+        return compose(spec, params, context)
+
+    summary = f"{formula}, rows normalised or not"
+    return Plugin(name=name, summary=summary, params=SimilarityParams, build=build)
+
+
+def sigmoid(score: Tensor) -> Tensor:
+    return score.sigmoid()
+
+
+def elu_plus_one(score: Tensor) -> Tensor:
+    from torch.nn.functional import elu
+
+    return elu(score) + 1
 
 
 @hookimpl
 def sinkbench_attention() -> list[Plugin]:
     return [
-        Plugin(
-            name="sigmoid",
-            summary="sigmoid(q.k / sqrt d + bias), rows normalised or not",
-            params=SigmoidParams,
-            build=build_sigmoid,
-        )
+        similarity("sigmoid", sigmoid, "sigmoid(q.k / sqrt d + bias)"),
+        similarity("elu", elu_plus_one, "elu(q.k / sqrt d + bias) + 1"),
     ]

@@ -1,8 +1,12 @@
-"""RMSNorm and LayerNorm before each sublayer and at the end of the stack."""
+"""RMSNorm and LayerNorm: before each sublayer f, after each residual addition, or around it.
+
+pre: x + f(norm(x)), and a norm at the end; post: norm(x + f(x)); sandwich: x + norm(f(norm(x))), and a norm
+at the end.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -15,6 +19,8 @@ if TYPE_CHECKING:
 class NormParams(Params):
     eps: float = Field(default=1e-5, gt=0)
     """added to the mean square or the variance."""
+    location: Literal["pre", "post", "sandwich"] = "pre"
+    """before each sublayer, after each residual addition, or before and after each sublayer."""
 
 
 def build_rmsnorm(params: NormParams, context: BuildContext) -> NormalizationSpec:
@@ -23,7 +29,7 @@ def build_rmsnorm(params: NormParams, context: BuildContext) -> NormalizationSpe
     def norm(size: int) -> torch.nn.Module:
         return torch.nn.RMSNorm(size, eps=params.eps)
 
-    return NormalizationSpec(norm=norm)
+    return NormalizationSpec(norm=norm, location=params.location)
 
 
 def build_layernorm(params: NormParams, context: BuildContext) -> NormalizationSpec:
@@ -32,7 +38,7 @@ def build_layernorm(params: NormParams, context: BuildContext) -> NormalizationS
     def norm(size: int) -> torch.nn.Module:
         return torch.nn.LayerNorm(size, eps=params.eps)
 
-    return NormalizationSpec(norm=norm)
+    return NormalizationSpec(norm=norm, location=params.location)
 
 
 @hookimpl

@@ -101,11 +101,14 @@ def _mapped(p: Problem) -> Problem:
     feature_map = p.spec.feature_map
     if feature_map is None:
         return p
-    parameters = {name: p.parameters[name] for name in feature_map.parameters}
+    needed = {name: p.parameters[name] for name in feature_map.parameters}
+    slot = p.spec.extra_slot
+    mapped = {} if slot is None else {slot.key: feature_map.function(p.parameters[slot.key], needed)}
     return replace(
         p,
-        query_bhqd=feature_map.function(p.query_bhqd, parameters),
-        key_bgkd=feature_map.function(p.key_bgkd, parameters),
+        query_bhqd=feature_map.function(p.query_bhqd, needed),
+        key_bgkd=feature_map.function(p.key_bgkd, needed),
+        parameters={**p.parameters, **mapped},
     )
 
 
@@ -118,29 +121,26 @@ def _attend_block(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> Tensor:
 
 
 def _weights(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> tuple[Tensor, Tensor | None]:
-    score = _scores(p, query_bhqd, position_q)
+    score = _products(p, query_bhqd, p.key_bgkd)
+    if p.position_bias is not None:
+        distance = position_q[:, None] - p.position_k[None, :]
+        score = score + p.position_bias.function(distance, p.heads, p.position_parameters)
     allowed = allowed_qk(position_q, p.position_k, p.spec.window, p.prefix)
     slot = p.spec.extra_slot
     if slot is None:
         return p.spec.output_scale * _rule(p, score, allowed), None
-    key = _per_kv_head(p, p.parameters[slot.key]).to(query_bhqd.dtype)
-    slot_score = _times_kv(query_bhqd, key.transpose(-1, -2)).to(score.dtype) * p.scale
+    slot_score = _products(p, query_bhqd, _per_kv_head(p, p.parameters[slot.key]).to(query_bhqd.dtype))
     allowed = torch.cat([allowed, allowed.new_ones(allowed.shape[0], 1)], -1)
     weight = p.spec.output_scale * _rule(p, torch.cat([score, slot_score], -1), allowed)
     return weight[..., :-1], weight[..., -1]
 
 
-def _scores(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> Tensor:
+def _products(p: Problem, query_bhqd: Tensor, key_bgkd: Tensor) -> Tensor:
     """scale q.k + bias. The product has the inputs' dtype, the result is float32 at least."""
-    score = _times_kv(query_bhqd, p.key_bgkd.transpose(-1, -2))
+    score = _times_kv(query_bhqd, key_bgkd.transpose(-1, -2))
     score = score.to(torch.promote_types(score.dtype, torch.float32)) * p.scale
     bias = _parameter_or_constant(p, p.spec.score_bias, score)
-    if bias is not None:
-        score = score + bias
-    if p.position_bias is not None:
-        distance = position_q[:, None] - p.position_k[None, :]
-        score = score + p.position_bias.function(distance, p.heads, p.position_parameters)
-    return score
+    return score if bias is None else score + bias
 
 
 def _rule(p: Problem, score: Tensor, allowed: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy.typing as npt
 import torch
 
-from sinkbench.api import Batch, Metric
+from sinkbench.api import Batch, DataTransform, Metric
 from sinkbench.measure.capture import Recorder
 
 if TYPE_CHECKING:
@@ -33,15 +33,23 @@ class Probe:
 
     Args:
         sequences: arrays [count, length] by name, "tokens" among them.
+        transforms: the recipe's; those made for probes are applied.
     """
 
     def __init__(
-        self, metrics: dict[str, Metric], sequences: Mapping[str, npt.NDArray[Any]], model: Model
+        self,
+        metrics: dict[str, Metric],
+        sequences: Mapping[str, npt.NDArray[Any]],
+        model: Model,
+        transforms: Sequence[DataTransform] = (),
     ) -> None:
         self.metrics = metrics
         self.model = model
         self.count = len(sequences["tokens"])
-        self.micro_batches = _split(sequences, model.layout.groups.pp.size(), model.layout.device)
+        whole = {name: torch.as_tensor(array) for name, array in sequences.items()}
+        for change in transforms:
+            whole = change.transform(whole) if change.on_probes else whole
+        self.micro_batches = _split(whole, model.layout.groups.pp.size(), model.layout.device)
 
     def run(self) -> dict[str, float | list[Any]]:
         """Floats and nested lists by name, the same on all ranks. All ranks call it."""
@@ -51,12 +59,12 @@ class Probe:
         return recorder.results(self.count)
 
 
-def _split(sequences: Mapping[str, npt.NDArray[Any]], stages: int, device: torch.device) -> list[Batch]:
+def _split(sequences: Batch, stages: int, device: torch.device) -> list[Batch]:
     """Equal micro-batches, a multiple of the pipeline stages as the interleaved schedule needs; the
     last sequence is repeated to fill them, and its repeats are not counted."""
     count = len(sequences["tokens"])
     parts = -(-max(stages, -(-count // MAX_BATCH)) // stages) * stages
     size = -(-count // parts)
     index = torch.arange(parts * size).clamp(max=count - 1)
-    whole = {name: torch.as_tensor(array)[index].to(device) for name, array in sequences.items()}
+    whole = {name: rows[index].to(device) for name, rows in sequences.items()}
     return [{name: x[i * size : (i + 1) * size] for name, x in whole.items()} for i in range(parts)]

@@ -76,7 +76,7 @@ def measure_run(
             c.plugin.name: c.plugin.build(c.params, declared.context) for c in resolved.metrics
         }
         sequences = source.probe(config.measure.count, config.measure.length)
-        probe = Probe(built, sequences, SingleModel(networks, layout))
+        probe = Probe(built, sequences, SingleModel(networks, layout), declared.transforms)
         measured = probe.run()
     return Result(
         target=target,
