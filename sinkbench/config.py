@@ -60,9 +60,13 @@ class ModelConfig(Section):
     """kv heads; default: as many as attention heads."""
     head_size: PositiveInt | None = None
     """default: hidden_size / num_attention_heads."""
-    ffn: Literal["swiglu", "geglu", "reglu", "swish", "gelu", "relu", "none"] = "swiglu"
+    ffn: Literal["swiglu", "geglu", "reglu", "swish", "gelu", "gelu_tanh", "relu", "none"] = "swiglu"
     ffn_hidden_size: PositiveInt | None = None
     """width of the feed-forward block; needed unless ffn is none."""
+    linear_bias: Literal["none", "qkv", "all"] = "none"
+    """bias of the linear maps within layers: none, of queries, keys and values (Qwen2), or of all (GPT-2)."""
+    parallel_residual: bool = False
+    """attention and feed-forward block read the same stream: x + attn(norm(x)) + ffn(norm(x)) (GPT-NeoX)."""
     seq_length: PositiveInt
     vocab_size: PositiveInt | None = None
     """before padding to a multiple of 64; default: that of the data."""
@@ -73,7 +77,7 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
     """standard deviation when init is normal."""
     tie_embeddings: bool = False
-    backend: Literal["auto", "eager", "sdpa"] = "auto"
+    backend: Literal["auto", "eager", "sdpa", "triton"] = "auto"
     """attention implementation; auto takes the fastest that can do the job."""
     megatron: dict[str, Any] = {}
     """further fields of megatron's TransformerConfig, checked."""
@@ -92,6 +96,8 @@ class ModelConfig(Section):
             )
         if self.ffn != "none" and self.ffn_hidden_size is None:
             raise ValueError(f"ffn_hidden_size is missing for ffn {self.ffn}; set it, or ffn: none")
+        if self.parallel_residual and self.ffn == "none":
+            raise ValueError("parallel_residual: true needs a feed-forward block; set ffn, or write false")
         return self
 
     @property
@@ -152,7 +158,8 @@ class PrepareConfig(Section):
     """Inputs that the trainer prepares on first use into a cache folder."""
 
     inputs: list[str] = Field(min_length=1)
-    """files, folders, or ``python:docs`` / ``python:stdlib`` of the running Python."""
+    """files, folders, or ``python:docs``, ``python:help`` (the same as dialogues) and ``python:stdlib`` of the
+    running Python."""
     tokenizer: TokenizerConfig
     text_field: str = Field(default="text", min_length=1)
     """of JSON objects and of parquet files."""
@@ -277,6 +284,8 @@ class ValidationConfig(Section):
 
 
 class CheckpointConfig(Section):
+    start_from: str | None = None
+    """a checkpoint whose weights a new run starts from, written under any layout."""
     every: NonNegativeInt = 0
     """steps between checkpoints; 0 writes only the last."""
     keep_last: PositiveInt = 2

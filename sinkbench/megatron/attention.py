@@ -171,13 +171,14 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         self.local_groups = config.num_query_groups // pg_collection.tp.size()
         self.queries_per_group = config.num_attention_heads // config.num_query_groups
         width = config.kv_channels * config.num_attention_heads
-        linear: dict[str, Any] = {"config": config, "skip_bias_add": False, "bias": False}
+        linear: dict[str, Any] = {"config": config, "skip_bias_add": False}
         linear["tp_group"] = pg_collection.tp
         self.linear_qkv = tensor_parallel.ColumnParallelLinear(
             config.hidden_size,
             width + 2 * config.kv_channels * config.num_query_groups,
             init_method=config.init_method,
             gather_output=False,
+            bias=config.add_qkv_bias,
             **linear,
         )
         self.core = CoreAttention(config, parts, pg_collection)
@@ -189,6 +190,7 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
                 config.hidden_size,
                 init_method=config.output_layer_init_method,
                 input_is_parallel=True,
+                bias=config.add_bias_linear,
                 **linear,
             )
         self.recompute_core = (

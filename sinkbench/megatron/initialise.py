@@ -72,6 +72,8 @@ def initialise(
             shape[dim] *= tp_size
         if hasattr(parameter, "initial"):
             mean, std = parameter.initial
+        elif ".linear_" in name and name.endswith(".bias"):
+            mean, std = 0.0, 0.0
         elif ".linear_" in name or name in _TABLES:
             mean, std = 0.0, initial_std(name, shape[-1], model)
         else:

@@ -31,6 +31,7 @@ class LayerParts:
     attention: AttentionParts
     normalization: NormalizationSpec
     ffn: bool
+    parallel_residual: bool = False
 
 
 def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> torch.nn.Module:
@@ -45,7 +46,8 @@ def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> 
 class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
     """Attention and feed-forward, each around the residual stream x:
 
-    pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))).
+    pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))). With a parallel residual both
+    read the same x.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
             config, vp_stage, pg_collection.pp.rank()
         )
         self.location = submodules.normalization.location
+        self.parallel_residual = submodules.parallel_residual
         self.attention = SelfAttention(config, submodules.attention, pg_collection)
         linears = MLPSubmodules(
             linear_fc1=tensor_parallel.ColumnParallelLinear,
@@ -95,20 +98,29 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
             attended: Tensor = self.attention(x, rotary_pos_emb)
             return attended
 
+        if self.parallel_residual:
+            added = self._added(hidden_states, attention, "attention")
+            return hidden_states + added + self._added(hidden_states, self._mlp, "mlp"), None
         hidden_states = self._around(hidden_states, attention, "attention")
         if self.mlp is not None:
-            mlp = self.mlp
-            hidden_states = self._around(hidden_states, lambda x: mlp(x)[0], "mlp")
+            hidden_states = self._around(hidden_states, self._mlp, "mlp")
         return hidden_states, None
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        assert self.mlp is not None
+        output, bias = self.mlp(x)
+        biased: Tensor = output if bias is None else output + bias
+        return biased
 
     def _around(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
         if self.location == "post":
             added: Tensor = self.norms[f"{name}_output"](x + self._dropout(sublayer(x)))
             return added
+        return x + self._added(x, sublayer, name)
+
+    def _added(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
         output = self._dropout(sublayer(self.norms[f"{name}_input"](x)))
-        if self.location == "sandwich":
-            output = self.norms[f"{name}_output"](output)
-        return x + output
+        return self.norms[f"{name}_output"](output) if self.location == "sandwich" else output
 
     def _dropout(self, x: Tensor) -> Tensor:
         probability = self.config.hidden_dropout

@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from sinkbench.config import Config
 from sinkbench.errors import RecipeError
-
-ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], bool]] = {
-    "swiglu": (F.silu, True),
-    "geglu": (F.gelu, True),
-    "reglu": (F.relu, True),
-    "swish": (F.silu, False),
-    "gelu": (F.gelu, False),
-    "relu": (F.relu, False),
-    "none": (F.relu, False),
-}
-"""Activation and whether a second projection gates it (Shazeer 2002.05202)."""
+from sinkbench.feed_forward import ACTIVATIONS
 
 PASS_THROUGH = frozenset(
     {
@@ -60,7 +48,8 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         ffn_hidden_size=model.ffn_hidden_size or model.hidden_size,
         activation_func=activation,
         gated_linear_unit=gated,
-        add_bias_linear=False,
+        add_bias_linear=model.linear_bias == "all",
+        add_qkv_bias=model.linear_bias != "none",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bias_activation_fusion=False,

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+from sinkbench.errors import CheckpointError
 from sinkbench.megatron.optimizer import prepare_for_loading, separate_steps
 from sinkbench.megatron.training import Engine
 
@@ -56,9 +58,49 @@ def load(engine: Engine, folder: Path, *, same_layout: bool) -> None:
         _set_random_state(loaded["random"])
 
 
-def load_weights(networks: Sequence[Any], folder: Path) -> None:
-    """Restores the weights alone, into bare networks of any layout; all ranks call it."""
-    _set_model_state(networks, dist_checkpointing.load(_model_state(networks), str(folder)))
+def load_weights(networks: Sequence[Any], folder: Path, *, other_attention: bool = False) -> list[str]:
+    """Restores the weights alone, into bare networks of any layout; all ranks call it.
+
+    Args:
+        other_attention: parameters that the attention declares may be absent; they keep their values.
+
+    Returns:
+        The names of those that are.
+
+    Raises:
+        CheckpointError: a weight is absent or of another shape.
+    """
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    state = _model_state(networks)
+    missing: set[str] = set()
+    for part in state.values():
+        for name, value in list(part.items()):
+            if name.endswith("_extra_state"):
+                del part[name]
+                continue
+            for tensor in _tensors(value):
+                if tensor.key not in stored and other_attention and ".attention.core." in tensor.key:
+                    missing.add(tensor.key)
+                    part.pop(name, None)
+                else:
+                    _check_shape(tensor, stored, folder)
+    loaded = dist_checkpointing.load(state, str(folder))
+    for index, network in enumerate(networks):
+        network.load_state_dict({**network.state_dict(), **loaded[_key(networks, index)]}, strict=True)
+    return sorted(missing)
+
+
+def _tensors(value: Any) -> list[ShardedTensor]:
+    """A gated projection is stored by a factory that makes two."""
+    return list(nested_values(value.build())) if isinstance(value, ShardedTensorFactory) else [value]
+
+
+def _check_shape(tensor: ShardedTensor, stored: dict[str, ShardedTensor], folder: Path) -> None:
+    found = stored.get(tensor.key)
+    if found is None or found.global_shape != tensor.global_shape:
+        what = "is absent" if found is None else f"has shape {list(found.global_shape)}"
+        problem = f"{tensor.key} {what}, where the recipe's model has {list(tensor.global_shape)}"
+        raise CheckpointError(str(folder), problem, "use the recipe in that folder, or change model")
 
 
 def _model_state(networks: Sequence[Any]) -> dict[str, Any]:
