@@ -128,6 +128,7 @@ class Trainer:
         self.probe = self._make_probe(resolved)
         self.flops_per_token = flops.flops_per_token(config.model, source.vocab_size)
         self.peak = flops.peak(manifest.device_name(layout.device), config.train.precision)
+        self.tokens_per_step = config.train.global_batch_size * config.model.seq_length
         self.tokens = 0
         self.sinks: list[Sink] = []
 
@@ -178,7 +179,7 @@ class Trainer:
                 "raise it, or set another name",
             )
         self.store.load(self.engine, checkpoint)
-        self.tokens = checkpoint.step * self.config.train.global_batch_size * self.config.model.seq_length
+        self.tokens = checkpoint.step * self.tokens_per_step
         return checkpoint.step
 
     def _train(self, start: int) -> None:
@@ -195,8 +196,8 @@ class Trainer:
             lr = self.engine.optimizer.param_groups[0]["lr"]
             result = self.engine.train_step(next(batches))
             elapsed += time.perf_counter() - began
-            counted += result.tokens
-            self.tokens += result.tokens
+            counted += self.tokens_per_step
+            self.tokens += self.tokens_per_step
             for sink in self.sinks:
                 if isinstance(sink, Bar):
                     sink.step(step)

@@ -1,0 +1,208 @@
+"""What must not change a run: how its batch is cut, what is computed again, where its weights lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinkbench import flops
+from sinkbench.api import Batch, BuildContext, LossSpec, Params, Plugin
+from tests.distributed.harness import RunDistributed
+from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train, whole_tensors
+from tests.distributed.test_layouts import MODELS
+
+BRIEF = ("train.steps=8", "measure.every=0")
+
+
+def build_every_third(params: Params, context: BuildContext) -> LossSpec:
+    """Of the even tokens, those at odd positions weigh 1, the others a half; odd tokens weigh nothing,
+    nor do all of a sequence that begins with one of the first 30 tokens. So sequences, micro-batches
+    and ranks have unequal numbers of tokens, some of them none."""
+
+    def transform(batch: Batch) -> Batch:
+        tokens = batch["tokens"]
+        targets = tokens[:, 1:]
+        weights = (targets % 2 == 0) * torch.tensor([1.0, 0.5]).repeat(targets.shape[1] // 2)
+        weights = weights * (tokens[:, 1:2] > 30)
+        return batch | {"tokens": tokens[:, :-1], "targets": targets, "weights": weights}
+
+    return LossSpec(transform=transform, z_loss=1e-2)
+
+
+def rank_trains_weighted(rank: int, world_size: int, arguments: Sequence[str]) -> None:
+    from sinkbench.trainer import train
+
+    config, resolved = prepare(arguments)
+    plugin = Plugin(name="weighted", summary="", build=build_every_third)
+    train(config, replace(resolved, loss=replace(resolved.loss, plugin=plugin)))
+
+
+def train_weighted(run_distributed: RunDistributed, folder: Path, *overrides: str, processes: int = 1) -> Run:
+    arguments = [*SWIGLU, *BRIEF, *overrides, f"output_dir={folder}"]
+    run_distributed(processes, rank_trains_weighted, arguments)
+    return Run(folder / "short")
+
+
+@pytest.fixture(scope="module")
+def weighted(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of one process, its batch in one piece."""
+    return train_weighted(run_distributed, tmp_path_factory.mktemp("weighted"))
+
+
+def assert_same_losses(run: Run, expected: Run, relative: float) -> None:
+    for event, key in (
+        ("train", "loss"),
+        ("train", "grad_norm"),
+        ("validation", "loss"),
+        ("train", "tokens"),
+    ):
+        assert run.series(event, key) == pytest.approx(expected.series(event, key), rel=relative)
+
+
+@pytest.mark.parametrize("layout", ["sequence", "pipeline", "context", "data", "interleaved"])
+def test_weighted_tokens_count_alike_under_every_layout(
+    run_distributed: RunDistributed, weighted: Run, tmp_path: Path, layout: str
+) -> None:
+    processes, overrides = LAYOUTS[layout]
+    run = train_weighted(run_distributed, tmp_path, *overrides, processes=processes)
+    assert_same_losses(run, weighted, 1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_weighted_tokens_count_alike_in_every_micro_batch(
+    run_distributed: RunDistributed, weighted: Run, tmp_path: Path, size: int
+) -> None:
+    run = train_weighted(run_distributed, tmp_path, f"train.micro_batch_size={size}")
+    assert_same_losses(run, weighted, 1e-5)
+
+
+def test_tokens_are_all_that_the_model_has_read(weighted: Run) -> None:
+    assert weighted.series("train", "tokens") == {step: step * 8 * 64 for step in range(1, 9)}
+
+
+@pytest.fixture(scope="module")
+def with_dropout(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Runs that keep all activations, by layout."""
+    folder = tmp_path_factory.mktemp("dropout")
+    return {
+        layout: train(run_distributed, folder / f"dropout-{layout}", (*SWIGLU, *BRIEF, *DROPOUT), layout)
+        for layout in ("", "sequence")
+    }
+
+
+DROPOUT = ("model.megatron={hidden_dropout: 0.1}", "train.micro_batch_size=4")
+
+
+@pytest.mark.parametrize("layout", ["", "sequence"])
+@pytest.mark.parametrize("what", ["attention", "full"])
+def test_recomputed_activations_are_the_same(
+    run_distributed: RunDistributed, with_dropout: dict[str, Run], tmp_path: Path, what: str, layout: str
+) -> None:
+    """Dropout draws again what it drew."""
+    recipe = (*SWIGLU, *BRIEF, *DROPOUT, f"train.recompute={what}")
+    assert_same_losses(train(run_distributed, tmp_path, recipe, layout), with_dropout[layout], 1e-6)
+
+
+def test_dropout_has_an_effect(
+    with_dropout: dict[str, Run], run_distributed: RunDistributed, tmp_path: Path
+) -> None:
+    without = train(run_distributed, tmp_path, (*SWIGLU, *BRIEF))
+    loss = with_dropout[""].series("train", "loss")[1]
+    assert loss != pytest.approx(without.series("train", "loss")[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["", pytest.param("sequence", marks=pytest.mark.full)])
+def test_bf16_stays_near_fp32(run_distributed: RunDistributed, tmp_path: Path, layout: str) -> None:
+    fp32 = train(run_distributed, tmp_path / "fp32", SWIGLU, layout)
+    bf16 = train(run_distributed, tmp_path / "bf16", (*SWIGLU, "train.precision=bf16"), layout)
+    losses, expected = bf16.series("train", "loss"), fp32.series("train", "loss")
+    assert losses == pytest.approx(expected, rel=1e-2)
+    assert losses != pytest.approx(expected, rel=1e-6)
+    assert bf16.measured(20)["importance_1_raw"] == pytest.approx(
+        fp32.measured(20)["importance_1_raw"], rel=0.05
+    )
+    weights = {n: t for n, t in whole_tensors(bf16.checkpoint(20)).items() if not n.startswith("optimizer")}
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+STANDING = ("train.steps=1", "optim={lr: 1e-30, weight_decay: 0, warmup_steps: 0}", *BRIEF[1:])
+"""One step of 1e-30: its checkpoint holds the initial weights."""
+
+
+@pytest.fixture(scope="module")
+def initial(
+    run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Initial weights of one process by model."""
+    folder = tmp_path_factory.mktemp("initial")
+    return {
+        name: weights(train(run_distributed, folder / name, initial_recipe(name)))
+        for name in ("mixed", "swiglu")
+    }
+
+
+def initial_recipe(model: str) -> tuple[str, ...]:
+    bias = ("model.attention={name: sigmoid, bias: learned}",) if model == "mixed" else ()
+    return (*MODELS[model], *bias, *STANDING)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    tensors = whole_tensors(run.checkpoint(1))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer")}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [*(("mixed", layout) for layout in LAYOUTS), ("swiglu", "tensor"), ("swiglu", "tensor pipeline")],
+)
+def test_initial_weights_do_not_depend_on_the_layout(
+    run_distributed: RunDistributed,
+    initial: dict[str, dict[str, torch.Tensor]],
+    tmp_path: Path,
+    model: str,
+    layout: str,
+) -> None:
+    """The sharded names too: saving checks that each part of a tensor is written once."""
+    found = weights(train(run_distributed, tmp_path, initial_recipe(model), layout))
+    expected = initial[model]
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in expected.items()
+    }
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-25, msg=name)
+
+
+def test_initial_weights_are_those_of_the_recipe(initial: dict[str, dict[str, torch.Tensor]]) -> None:
+    config, _ = prepare(SWIGLU)
+    tensors = initial["swiglu"]
+    assert sum(tensor.numel() for tensor in tensors.values()) == flops.parameters(config.model, 65)
+    spread = {name: tensor.std().item() for name, tensor in tensors.items()}
+    n, ffn, layers = 64, 96, 4
+    expected = {
+        "embedding.word_embeddings.weight": (0.4 / n) ** 0.5,
+        "decoder.layers.attention.linear_qkv.weight": (0.4 / n) ** 0.5,
+        "decoder.layers.attention.linear_proj.weight": (0.4 / n) ** 0.5,
+        "decoder.layers.mlp.linear_fc1.weight": (0.4 / n) ** 0.5,
+        "decoder.layers.mlp.linear_fc2.weight": ffn**-0.5 / layers,
+        "output_layer.weight": (0.4 / n) ** 0.5,
+    }
+    assert {name: spread[name] for name in expected} == pytest.approx(expected, rel=0.02)
+    first, second = tensors["decoder.layers.attention.linear_qkv.weight"][:2]
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]) < 0.05
+
+
+def test_initial_weights_follow_the_seed(
+    run_distributed: RunDistributed, initial: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    other = weights(train(run_distributed, tmp_path, (*initial_recipe("mixed"), "seed=2")))
+    same = {name for name, tensor in initial["mixed"].items() if torch.allclose(other[name], tensor)}
+    assert same == {name for name in other if "norm" in name or name.endswith("score_bias")}
+
+
+def test_learned_bias_starts_at_minus_log_n(initial: dict[str, dict[str, torch.Tensor]]) -> None:
+    bias = initial["mixed"]["decoder.layers.attention.core.score_bias"]
+    torch.testing.assert_close(bias, torch.full((4, 4), -torch.tensor(64.0).log().item()))
