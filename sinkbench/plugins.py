@@ -165,12 +165,28 @@ def resolve(config: Config, index: PluginIndex, provenance: Mapping[str, str] | 
             choose("data_transform", f"data.transforms[{i}]", ref)
             for i, ref in enumerate(config.data.transforms)
         ),
-        metrics=tuple(
-            choose("metric", f"measure.metrics[{i}]", ref) for i, ref in enumerate(config.measure.metrics)
-        ),
+        metrics=_metrics(config, index, places),
     )
-    _check_fit(resolved, config, index, places)
+    _check_fit(tuple(resolved), config, index, places)
     return resolved
+
+
+def resolve_metrics(config: Config, index: PluginIndex) -> tuple[Chosen, ...]:
+    """Find and check the metrics alone, for a model that no recipe made.
+
+    Raises:
+        PluginError: as ``resolve``.
+    """
+    metrics = _metrics(config, index, {})
+    _check_fit(metrics, config, index, {})
+    return metrics
+
+
+def _metrics(config: Config, index: PluginIndex, places: Mapping[str, str]) -> tuple[Chosen, ...]:
+    return tuple(
+        _choose(index, "metric", f"measure.metrics[{i}]", ref, places)
+        for i, ref in enumerate(config.measure.metrics)
+    )
 
 
 def _choose(index: PluginIndex, kind: str, path: str, ref: PluginRef, places: Mapping[str, str]) -> Chosen:
@@ -189,7 +205,9 @@ def _choose(index: PluginIndex, kind: str, path: str, ref: PluginRef, places: Ma
     return Chosen(path=path, plugin=found.plugin, params=params, package=found.package)
 
 
-def _check_fit(resolved: Resolved, config: Config, index: PluginIndex, places: Mapping[str, str]) -> None:
+def _check_fit(
+    resolved: Sequence[Chosen], config: Config, index: PluginIndex, places: Mapping[str, str]
+) -> None:
     problems: list[str] = []
     for chosen in resolved:
         problems += [f"{chosen.path} {chosen.plugin.name}: {text}" for text in _problems(chosen, config)]

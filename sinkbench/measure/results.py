@@ -53,13 +53,23 @@ class Result(BaseModel):
     target: str = Field(min_length=1)
     """run folder, checkpoint, model folder or hub name, as the user wrote it."""
     inputs: str = Field(min_length=1)
-    """kind of token sequences: natural, random, repeated."""
+    """kind of token sequences: natural, random, repeat."""
     length: PositiveInt
     """tokens of a sequence."""
     count: PositiveInt
     """sequences."""
     bos: bool
-    """whether a beginning-of-sequence token was put in front."""
+    """whether a beginning-of-sequence token was put in front, as the first of the tokens."""
+    step: NonNegativeInt | None = None
+    """of the checkpoint, if a run was measured."""
+    texts: str | None = None
+    """where natural text came from."""
+    seed: NonNegativeInt | None = None
+    """of what was drawn at random."""
+    dtype: str | None = None
+    """of the weights while measuring."""
+    layers_without_attention: NonNegativeInt = 0
+    """layers that were left out: those of recurrence or convolution in a hybrid model."""
     metrics: Metrics
 
 

@@ -1,0 +1,190 @@
+"""Measures a transformers model: metrics over every layer and head on probe sequences."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from sinkbench import plugins
+from sinkbench.api import BuildContext, LayerCapture
+from sinkbench.config import Config
+from sinkbench.errors import DataError, PluginError
+from sinkbench.measure import inputs as probe_inputs
+from sinkbench.measure.hf_capture import LayerWatcher
+from sinkbench.measure.hf_forwards import OpenForwards
+from sinkbench.measure.hf_load import OpenModel
+from sinkbench.measure.inputs import Inputs, Tokens
+from sinkbench.measure.observations import Observations
+from sinkbench.measure.results import Result
+from sinkbench.measure.settings import Settings
+
+Advance = Callable[[int, int], None]
+"""Called with sequences done and sequences in all."""
+
+
+def measure_open_model(
+    opened: OpenModel, kinds: Sequence[Inputs], settings: Settings, advance: Advance
+) -> Iterator[Result]:
+    """Measures a model on each kind of inputs.
+
+    Raises:
+        DataError: the model has no attention that can be read, or the texts do not suffice.
+        PluginError: a metric is unknown, or cannot be had of these sequences.
+    """
+    _check_length(opened, settings)
+    for kind in kinds:
+        tokens, texts = _sequences(opened, kind, settings)
+        metrics, left_out = _measure(opened, tokens, settings, advance)
+        yield Result(
+            target=opened.place.target,
+            inputs=kind,
+            length=tokens.shape[1],
+            count=tokens.shape[0],
+            bos=settings.bos,
+            texts=texts,
+            seed=settings.seed,
+            dtype=settings.dtype,
+            layers_without_attention=left_out,
+            metrics=metrics,
+        )
+
+
+def _check_length(opened: OpenModel, settings: Settings) -> None:
+    positions = getattr(opened.config, "max_position_embeddings", None)
+    if positions is not None and settings.open_length > positions:
+        problem = f"the model has {positions} positions, fewer than {settings.open_length}"
+        raise DataError(opened.place.target, problem, "lower --length")
+
+
+def _sequences(opened: OpenModel, kind: Inputs, settings: Settings) -> tuple[Tokens, str | None]:
+    """The probe sequences [count, length], and where their text came from."""
+    texts = None
+    length = settings.open_length - int(settings.bos)
+    count = settings.count or 100
+    if kind == "natural" and settings.prompts is not None:
+        texts = settings.prompts.name
+        tokens = probe_inputs.from_prompts(
+            settings.prompts, opened.encode(), length=length, count=settings.count
+        )
+    elif kind == "natural":
+        texts = f"documentation of Python {platform.python_version()}"
+        tokens = probe_inputs.from_python_documentation(
+            opened.encode(), length=length, count=count, seed=settings.seed
+        )
+    else:
+        draw = probe_inputs.random_tokens if kind == "random" else probe_inputs.repeated_tokens
+        tokens = draw(opened.usable_tokens(), length=length, count=count, seed=settings.seed)
+    if settings.bos:
+        tokens = np.insert(tokens, 0, opened.bos(), axis=1)
+    return tokens, texts
+
+
+def _measure(
+    opened: OpenModel, tokens: Tokens, settings: Settings, advance: Advance
+) -> tuple[dict[str, Any], int]:
+    """The metrics, and the number of layers without attention."""
+    model = opened.model
+    built = build_metrics(opened, tokens.shape, settings)
+    observations = Observations({name: m for name, m in built.items() if hasattr(m, "observe")})
+
+    def receive(capture: LayerCapture) -> None:
+        # a look at the first query is enough to tell a model that sees the future
+        if capture.layer == min(watcher.with_attention) and capture.weight_rows(0, 1)[..., 1:].any():
+            raise DataError(
+                opened.place.target, "its attention is not causal", "give a causal language model"
+            )
+        observations.add(capture)
+
+    watcher = LayerWatcher(model, streaming=settings.streaming, receive=receive)
+    batches = torch.as_tensor(tokens).split(settings.open_batch_size)
+    advance(0, len(tokens))
+    with torch.no_grad(), watcher.attached():
+        for number, batch in enumerate(batches, start=1):
+            watcher.batch = {"tokens": batch.to(model.device)}
+            model.base_model(input_ids=watcher.batch["tokens"], use_cache=False)
+            if not watcher.with_attention:
+                remedy = "give a model with attention layers"
+                raise DataError(opened.place.target, "no attention was found in its layers", remedy)
+            advance(min(number * settings.open_batch_size, len(tokens)), len(tokens))
+    results = observations.results()
+    forwards = OpenForwards(
+        model, torch.as_tensor(tokens), batch_size=settings.open_batch_size, streaming=settings.streaming
+    )
+    for metric in built.values():
+        if hasattr(metric, "measure"):
+            results |= metric.measure(forwards)
+    return results, opened.config.num_hidden_layers - len(watcher.with_attention)
+
+
+def build_metrics(opened: OpenModel, shape: tuple[int, ...], settings: Settings) -> dict[str, Any]:
+    """The metrics of an open model by name, built as if a recipe of its sizes had asked for them.
+
+    Raises:
+        PluginError: a metric is unknown, has wrong parameters or does not fit.
+    """
+    config = _as_recipe(opened, shape, settings)
+    chosen = plugins.resolve_metrics(config, plugins.discover())
+    model = config.model
+    assert model.vocab_size is not None
+    context = BuildContext(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_attention_heads,
+        num_kv_heads=model.kv_heads,
+        head_size=model.head_dim,
+        seq_length=model.seq_length,
+        num_positions=model.seq_length,
+        vocab_size=model.vocab_size,
+        config=config,
+    )
+    return {c.plugin.name: c.plugin.build(c.params, context) for c in chosen}
+
+
+def _as_recipe(opened: OpenModel, shape: tuple[int, ...], settings: Settings) -> Config:
+    """The sizes of an open model and the measurement, in the form that metric plugins know."""
+    config = opened.config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    count, length = shape
+    measure: dict[str, Any] = {"every": 1, "count": count, "length": length}
+    if settings.metrics:
+        measure["metrics"] = [metric_reference(text) for text in settings.metrics]
+    return Config.model_validate(
+        {
+            "name": "open-model",
+            "model": {
+                "num_layers": config.num_hidden_layers,
+                "hidden_size": config.hidden_size,
+                "num_attention_heads": heads,
+                "num_query_groups": kv_heads if heads % kv_heads == 0 else heads,
+                "head_size": getattr(config, "head_dim", None) or max(1, config.hidden_size // heads),
+                "ffn": "none",
+                "seq_length": max(length, getattr(config, "max_position_embeddings", None) or length),
+                "vocab_size": config.vocab_size,
+            },
+            "data": {"source": "indexed", "train": [opened.place.target]},
+            "optim": {"lr": 1.0, "warmup_steps": 0},
+            "train": {"steps": 1, "global_batch_size": 1},
+            "measure": measure,
+        }
+    )
+
+
+def metric_reference(text: str) -> Any:
+    """A metric as written on the command line: a name, or a YAML mapping with parameters.
+
+    Raises:
+        PluginError: it is neither.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("name"), str)):
+        return value
+    raise PluginError(f"--metrics {text}", "is no metric", "write a name, or '{name: sink, k: [1, 2]}'")

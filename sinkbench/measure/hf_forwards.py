@@ -1,0 +1,113 @@
+"""Forward passes of a transformers model, as it is or changed, for metrics that ask for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sinkbench.errors import DataError
+from sinkbench.measure.hf_attention import Visible, Watch, watching
+from sinkbench.measure.hf_capture import decoder_layers
+
+LOGIT_ELEMENTS = 2**27
+"""Logits held at once, 512 MiB of them."""
+
+LINEAR = ("Linear", "Conv1D", "FalconLinear")
+"""Classes of linear maps; GPT-2's Conv1D is one with a transposed weight."""
+
+Change = Callable[[Tensor], Tensor]
+
+
+class OpenForwards:
+    """sinkbench.api.Forwards of a transformers model.
+
+    Args:
+        model: loaded with eager attention.
+        tokens_bs: the probe sequences, on the CPU.
+        batch_size: sequences per forward pass, at most.
+        streaming: never hold a layer's whole attention weights.
+    """
+
+    def __init__(self, model: Any, tokens_bs: Tensor, *, batch_size: int, streaming: bool) -> None:
+        self.model = model
+        self.tokens_bs = tokens_bs
+        self.streaming = streaming
+        vocabulary = model.config.get_text_config().vocab_size
+        fitting = max(1, LOGIT_ELEMENTS // (vocabulary * tokens_bs.shape[1]))
+        self.batch_size = min(batch_size, fitting)
+
+    @property
+    def length(self) -> int:
+        return self.tokens_bs.shape[1]
+
+    @torch.no_grad()
+    def losses(
+        self,
+        *,
+        visible: Visible | None = None,
+        linear_weight: Change | None = None,
+        linear_input: Change | None = None,
+    ) -> Tensor:
+        """See sinkbench.api.Forwards.
+
+        Raises:
+            DataError: linear maps are to be changed, and some of the model's cannot be.
+        """
+        watch = Watch(streaming=self.streaming, visible=visible, keep=False)
+        with ExitStack() as stack:
+            stack.enter_context(watching(self.model, watch))
+            if linear_weight or linear_input:
+                stack.enter_context(changed_linears(self.model, linear_weight, linear_input))
+            return torch.cat([self._losses(tokens) for tokens in self.tokens_bs.split(self.batch_size)])
+
+    def _losses(self, tokens_bs: Tensor) -> Tensor:
+        tokens_bs = tokens_bs.to(self.model.device)
+        logits = self.model(input_ids=tokens_bs, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens_bs[:, 1:].flatten(), reduction="none")
+        return loss.view(tokens_bs.shape[0], -1).cpu()
+
+
+@contextmanager
+def changed_linears(model: Any, weight: Change | None, inputs: Change | None) -> Iterator[None]:
+    """Within the block, every linear map within the layers uses a changed weight and input. A weight is
+    changed when it is needed, so that there is never more than one copy.
+
+    Raises:
+        DataError: the layers hold other matrices, such as experts in one tensor.
+    """
+    handles = []
+    for name, module in decoder_layers(model).named_modules():
+        if type(module).__name__ in LINEAR:
+            handles += _changed(module, weight, inputs)
+        elif any(p.dim() > 2 for p in module.parameters(recurse=False)):
+            raise DataError(
+                type(model).__name__, f"{name} holds experts in one tensor", "measure a model without experts"
+            )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _changed(module: nn.Module, weight: Change | None, inputs: Change | None) -> list[Any]:
+    parameter = module.weight
+    assert isinstance(parameter, nn.Parameter)
+    exact: list[Tensor] = []
+
+    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if weight:
+            exact.append(parameter.data)
+            parameter.data = weight(parameter.data)
+        return (inputs(args[0]), *args[1:]) if inputs else args
+
+    def after(_: nn.Module, args: Any, output: Any) -> None:
+        if weight:
+            parameter.data = exact.pop()
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]

@@ -1,0 +1,285 @@
+"""Opens a model of the Hugging Face world: a folder, a GGUF file, or a name on the hub.
+
+Weights are read from safetensors or GGUF; pickled weights and code that comes with a model run only
+when the user allows it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from sinkbench.errors import DataError, HostError
+from sinkbench.measure.inputs import Encode, Tokens
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+"""What a model needs beside its weights: configuration and tokenizer."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """What a model's files may do.
+
+    Attributes:
+        pickle: weights in pickled files are read.
+        code: Python files beside the weights are run.
+    """
+
+    pickle: bool = False
+    code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a model lies: a folder, and the GGUF file in it if it is one."""
+
+    target: str
+    folder: Path
+    gguf: str | None = None
+
+    @property
+    def weights(self) -> list[Path]:
+        """The files with weights, sorted."""
+        if self.gguf:
+            return [self.folder / self.gguf]
+        files = sorted(self.folder.glob("*.safetensors"))
+        return files or sorted(p for p in self.folder.iterdir() if p.suffix in PICKLED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenModel:
+    """A model, ready to run, with eager attention.
+
+    Attributes:
+        model: a transformers model for causal language modelling, in evaluation mode.
+        place: where it came from.
+        trust: what its files may do.
+    """
+
+    model: Any
+    place: Place
+    trust: Trust
+
+    @property
+    def config(self) -> Any:
+        """Of the text model."""
+        return self.model.config.get_text_config()
+
+    def tokenizer(self) -> Any:
+        """
+        Raises:
+            DataError: the folder has none that transformers can read.
+        """
+        from transformers import AutoTokenizer
+
+        where = {"gguf_file": self.place.gguf} if self.place.gguf else {}
+        return _quietly(
+            lambda: AutoTokenizer.from_pretrained(
+                self.place.folder, trust_remote_code=self.trust.code, local_files_only=True, **where
+            ),
+            self.place.target,
+            "its tokenizer cannot be read",
+            "add the tokenizer's files, or measure --inputs random",
+        )
+
+    def encode(self) -> Encode:
+        """Text to tokens by the model's tokenizer, without special tokens."""
+        tokenizer = self.tokenizer()
+        return lambda text: tokenizer.encode(text, add_special_tokens=False, verbose=False)
+
+    def usable_tokens(self) -> Tokens:
+        """The token ids that random inputs draw from: all but the special ones."""
+        special = {
+            getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
+        count = self.config.vocab_size
+        if self._has_tokenizer():
+            tokenizer = self.tokenizer()
+            special |= set(tokenizer.all_special_ids)
+            count = min(count, len(tokenizer))  # the model's table is often padded
+        return np.array([token for token in range(count) if token not in special], dtype=np.int64)
+
+    def bos(self) -> int:
+        """The beginning-of-sequence token.
+
+        Raises:
+            DataError: the model has none.
+        """
+        bos = getattr(self.config, "bos_token_id", None)
+        if bos is None and self._has_tokenizer():
+            bos = self.tokenizer().bos_token_id
+        if bos is None or not 0 <= bos < self.config.vocab_size:
+            raise DataError(
+                self.place.target, "the model has no beginning-of-sequence token", "leave out --bos"
+            )
+        return int(bos)
+
+    def _has_tokenizer(self) -> bool:
+        return self.place.gguf is not None or any(self.place.folder.glob("tokenizer*"))
+
+
+def require_packages(*names: str) -> None:
+    """
+    Raises:
+        HostError: a package of the extra ``hf`` is not installed.
+    """
+    missing = [name for name in names if find_spec(name) is None]
+    if missing:
+        problem = f"measuring open models needs {' and '.join(missing)}, not installed here"
+        raise HostError("sinkbench measure", problem, "pip install 'sinkbench[hf]'")
+
+
+def find_place(target: str, trust: Trust) -> Place:
+    """Finds a model's files; one that is named as on the hub is fetched, or taken from the hub's cache.
+
+    Raises:
+        DataError: the target is nothing of the kind.
+        HostError: the hub cannot be reached, or does not give the model; a package is missing.
+    """
+    path = Path(target).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DataError(target, "there is no such file", "correct the path")
+        require_packages("transformers", "gguf", "accelerate")
+        return Place(target=target, folder=path.parent, gguf=path.name)
+    require_packages("transformers")
+    if path.is_dir():
+        return Place(target=target, folder=path)
+    if path.exists() or not HUB_NAME.fullmatch(target):
+        problem = "is neither a folder, a .gguf file nor a name on the hub"
+        raise DataError(target, problem, "give a run, a checkpoint, a model's folder or its name")
+    return Place(target=target, folder=_fetch(target, trust))
+
+
+def _fetch(name: str, trust: Trust) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    patterns = [*TEXT_FILES, "*.safetensors"]
+    patterns += [f"*{suffix}" for suffix in PICKLED] if trust.pickle else []
+    patterns += ["*.py"] if trust.code else []
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
+    except GatedRepoError:
+        raise HostError(name, "the hub asks for consent first", "accept its terms and log in") from None
+    except RepositoryNotFoundError:
+        raise HostError(name, "there is no such folder, nor such a model on the hub", "correct it") from None
+    except Exception as error:
+        # whatever the network did: the kinds differ by version of the hub's client
+        problem = f"cannot be had from the hub ({_first_line(error)})"
+        raise HostError(name, problem, "go online, or give the folder of a model") from error
+
+
+def open_model(place: Place, *, device: torch.device, dtype: str, trust: Trust) -> OpenModel:
+    """Reads a model.
+
+    Args:
+        device: where it shall run.
+        dtype: a key of DTYPES.
+        trust: what its files may do.
+
+    Raises:
+        DataError: the folder holds no model that can be measured, or one that needs trust.
+        HostError: it does not fit into memory.
+    """
+    if place.gguf is None:
+        _check_folder(place, trust)
+    _check_memory(place, device, dtype)
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {
+        "dtype": DTYPES[dtype],
+        "attn_implementation": "eager",
+        "local_files_only": True,
+        "trust_remote_code": trust.code,
+        "output_loading_info": True,
+    }
+    if place.gguf:
+        arguments["gguf_file"] = place.gguf
+    else:
+        arguments["use_safetensors"] = place.weights[0].suffix == ".safetensors"
+    model, info = _quietly(
+        lambda: AutoModelForCausalLM.from_pretrained(place.folder, **arguments),
+        place.target,
+        "transformers cannot read it",
+        "give a causal language model",
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        problem = f"{len(missing)} of its weights are missing ({missing[0]})"
+        raise DataError(place.target, problem, "copy the model again")
+    model.to(device).eval()
+    return OpenModel(model=model, place=place, trust=trust)
+
+
+def _check_folder(place: Place, trust: Trust) -> None:
+    path = place.folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        model_type = config["model_type"]
+    except FileNotFoundError:
+        problem = "it holds no config.json, so no model, nor a run or checkpoint"
+        raise DataError(place.target, problem, "give the folder of a model") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"is damaged ({type(error).__name__}: {_first_line(error)})"
+        raise DataError(str(path), problem, "copy the model again") from error
+    from transformers import CONFIG_MAPPING
+
+    if "auto_map" in config and model_type not in CONFIG_MAPPING and not trust.code:
+        problem = f"model type {model_type} comes with code of its own, which is not run by default"
+        raise DataError(place.target, problem, "read the code, then give --allow-code")
+    if config.get("is_encoder_decoder"):
+        raise DataError(place.target, "is an encoder-decoder", "give a decoder-only language model")
+    weights = place.weights
+    if not weights:
+        raise DataError(place.target, "it holds no weights", "copy the model's .safetensors files too")
+    if weights[0].suffix != ".safetensors" and not trust.pickle:
+        problem = f"its weights are pickled ({weights[0].name}), and unpickling can run code"
+        raise DataError(place.target, problem, "convert them to safetensors, or give --allow-pickle")
+
+
+def _check_memory(place: Place, device: torch.device, dtype: str) -> None:
+    """Refuses weights that cannot fit, before minutes are spent on reading them."""
+    size = sum(path.stat().st_size for path in place.weights)
+    if place.gguf is None:
+        stored = json.loads((place.folder / "config.json").read_text(encoding="utf-8"))
+        stored = stored.get("dtype") or stored.get("torch_dtype")
+        size = size * DTYPES[dtype].itemsize // DTYPES.get(stored, DTYPES[dtype]).itemsize
+    on_card = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_card else psutil.virtual_memory().available
+    if size > free:
+        problem = f"its weights take {size / 1e9:.0f} GB in {dtype}, {free / 1e9:.0f} GB are free"
+        remedy = "use a larger machine" if dtype != "float32" else "give --dtype bfloat16"
+        raise HostError(place.target, problem, remedy)
+
+
+def _quietly(load: Callable[[], Any], target: str, problem: str, remedy: str) -> Any:
+    """Loads without transformers' warnings and bars; whatever it raises becomes one line, for what a
+    damaged or hostile folder makes it raise has no bounds."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return load()
+    except Exception as error:
+        detail = f"{type(error).__name__}: {_first_line(error)}"
+        raise DataError(target, f"{problem} ({detail})", remedy) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,0 +1,59 @@
+"""What metrics saw of each layer, batch after batch, and what they make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from sinkbench.api import LayerCapture, Metric, Observation
+from sinkbench.errors import DataError
+
+
+class Observations:
+    """Collects the observations of every metric on the CPU, layer by layer.
+
+    Args:
+        metrics: by name.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric]) -> None:
+        self.metrics = metrics
+        self._seen: dict[int, list[dict[str, Observation]]] = {}
+
+    def add(self, capture: LayerCapture) -> None:
+        """Lets every metric see a layer."""
+        seen = {
+            name: {key: value.cpu() for key, value in metric.observe(capture).items()}
+            for name, metric in self.metrics.items()
+        }
+        self._seen.setdefault(capture.layer, []).append(seen)
+
+    def results(self) -> dict[str, float | list[Any]]:
+        """The metrics over all sequences and layers.
+
+        Raises:
+            DataError: the layers differ in their numbers of heads.
+        """
+        layers = [self._seen[number] for number in sorted(self._seen)]
+        results: dict[str, float | list[Any]] = {}
+        for name, metric in self.metrics.items():
+            joined = [_joined([seen[name] for seen in layer]) for layer in layers]
+            _check_alike(name, joined)
+            results |= metric.result(joined)
+        return results
+
+
+def _joined(observations: list[Observation]) -> Observation:
+    return {key: torch.cat([o[key] for o in observations]) for key in observations[0]}
+
+
+def _check_alike(name: str, layers: list[Observation]) -> None:
+    for key in layers[0]:
+        if len({layer[key].shape if key in layer else None for layer in layers}) > 1:
+            raise DataError(
+                f"metric {name}",
+                "layers of this model differ in their heads or sizes",
+                "measure a model whose layers are alike",
+            )
