@@ -150,11 +150,14 @@ class Elementwise:
         normalize: False for Z = 1; True for Z = the row's sum + eps; "abs" for Z = max(|sum|, 1),
             which similarities that may be negative need.
         eps: the normaliser's constant.
+        fused: dtype of the inputs -> the Triton functions s -> f(s) and (s, f(s)) -> f'(s), float32,
+            for the fused kernel; without them the eager backend computes the attention.
     """
 
     function: Callable[[Tensor], Tensor]
     normalize: bool | Literal["abs"] = False
     eps: float = 1e-8
+    fused: Callable[[torch.dtype], tuple[Any, Any]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from sinkbench.api import (
     NormalizationSpec,
     PositionalSpec,
 )
-from sinkbench.attention.backends import Backend, choose
+from sinkbench.attention.backends import Backend, Use, choose
 from sinkbench.config import Config, padded_vocab_size
 from sinkbench.errors import PluginError, RecipeError
 
@@ -75,15 +75,30 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
     normalization = _built(resolved.normalization, context, NormalizationSpec)
     if model.parallel_residual:
         _check_parallel_residual(normalization)
+    positional = _built(resolved.positional, context, PositionalSpec)
+    loss = _built(resolved.loss, context, LossSpec)
     return Declarations(
         context=context,
         attention=attention,
         normalization=normalization,
-        positional=_built(resolved.positional, context, PositionalSpec),
-        loss=_built(resolved.loss, context, LossSpec),
-        backend=choose(attention, model.backend),
+        positional=positional,
+        loss=loss,
+        backend=choose(attention, _use(config, positional, loss), model.backend),
         transforms=tuple(_built(chosen, context, DataTransform) for chosen in resolved.transforms),
         padded_vocab_size=padded,
+    )
+
+
+def _use(config: Config, positional: PositionalSpec, loss: LossSpec) -> Use:
+    import torch
+
+    cuda = config.train.device != "cpu" and torch.cuda.is_available()
+    return Use(
+        device="cuda" if cuda else "cpu",
+        head_size=config.model.head_dim,
+        split_sequence=config.parallel.context > 1,
+        position_bias=positional.score_bias is not None,
+        prefix=loss.bidirectional_prefix > 0,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import model_validator
 
@@ -16,6 +16,7 @@ from sinkbench.api import AttentionSpec, BuildContext, Elementwise, ParameterSpe
 from ._options import AttentionParams, compose
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -34,11 +35,13 @@ class SimilarityParams(AttentionParams):
         return self
 
 
-def similarity(name: str, function: Callable[[Tensor], Tensor], formula: str) -> Plugin:
-    """The plugin of a similarity f."""
+def similarity(
+    name: str, function: Callable[[Tensor], Tensor], fused: Callable[[torch.dtype], Any], formula: str
+) -> Plugin:
+    """The plugin of a similarity f with its Triton functions."""
 
     def build(params: SimilarityParams, context: BuildContext) -> AttentionSpec:
-        rule = Elementwise(function=function, normalize=params.normalize)
+        rule = Elementwise(function=function, normalize=params.normalize, fused=fused)
         start = -math.log(context.seq_length) if params.bias_init == "-log n" else params.bias_init
         if params.bias == "learned":
             parameter = ParameterSpec(shape=("heads",), mean=start)
@@ -61,9 +64,21 @@ def elu_plus_one(score: Tensor) -> Tensor:
     return elu(score) + 1
 
 
+def fused_sigmoid(dtype: torch.dtype) -> tuple[Any, Any]:
+    from . import _triton
+
+    return _triton.fused_sigmoid(dtype)
+
+
+def fused_elu(dtype: torch.dtype) -> tuple[Any, Any]:
+    from . import _triton
+
+    return _triton.fused_elu(dtype)
+
+
 @hookimpl
 def sinkbench_attention() -> list[Plugin]:
     return [
-        similarity("sigmoid", sigmoid, "sigmoid(q.k / sqrt d + bias)"),
-        similarity("elu", elu_plus_one, "elu(q.k / sqrt d + bias) + 1"),
+        similarity("sigmoid", sigmoid, fused_sigmoid, "sigmoid(q.k / sqrt d + bias)"),
+        similarity("elu", elu_plus_one, fused_elu, "elu(q.k / sqrt d + bias) + 1"),
     ]

@@ -5,71 +5,63 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from sinkbench.api import AttentionSpec, Softmax
-from sinkbench.attention import reference
+from sinkbench.api import AttentionSpec
+from sinkbench.attention import fused, reference, sdpa
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Use:
+    """Where an attention is to be computed, and what comes to its declaration from elsewhere.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        split_sequence: queries are not the positions of the keys (context parallelism).
+        position_bias: a positional plugin adds a bias to the scores.
+        prefix: a loss plugin lets the first positions see one another.
+    """
+
+    device: str
+    head_size: int
+    split_sequence: bool = False
+    position_bias: bool = False
+    prefix: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Backend:
     """Attributes:
-    missing: what a declaration asks for that this backend cannot do; empty if it can.
+    missing: what a declaration in this use asks for that this backend cannot do; empty if it can.
     run: computes O [b, h, q, d].
     """
 
     name: str
-    missing: Callable[[AttentionSpec], list[str]]
+    missing: Callable[[AttentionSpec, Use], list[str]]
     run: Callable[[Problem], Tensor]
 
 
-def _missing_sdpa(spec: AttentionSpec) -> list[str]:
+def _missing_triton(spec: AttentionSpec, use: Use) -> list[str]:
     lacks = {
-        "a similarity other than softmax": not isinstance(spec.rule, Softmax),
-        "a sink logit": isinstance(spec.rule, Softmax) and spec.rule.sink_logit is not None,
-        "a feature map": spec.feature_map is not None,
-        "an extra slot": spec.extra_slot is not None,
-        "an output scale or bias": spec.output_scale != 1.0 or spec.output_bias is not None,
+        "attention on a CPU": use.device == "cpu",
+        "a sequence split by context parallelism": use.split_sequence,
+        "a position bias": use.position_bias,
+        "a bidirectional prefix": use.prefix,
     }
-    return [what for what, wanted in lacks.items() if wanted]
-
-
-def _run_sdpa(p: Problem) -> Tensor:
-    """A score bias that is the same for all keys leaves a softmax as it is, so it is not computed."""
-    causal = p.aligned and p.spec.window is None and not p.prefix and p.position_bias is None
-    mask = None if causal else _mask(p)
-    return F.scaled_dot_product_attention(
-        p.query_bhqd,
-        p.key_bgkd,
-        p.value_bgkd,
-        attn_mask=mask,
-        is_causal=causal,
-        scale=p.scale,
-        enable_gqa=p.query_bhqd.shape[1] != p.key_bgkd.shape[1],
-    )
-
-
-def _mask(p: Problem) -> Tensor:
-    """Bool [q, k], or with a position bias the bias [1, h, q, k] with -inf where masked."""
-    allowed = reference.allowed_qk(p.position_q, p.position_k, p.spec.window, p.prefix)
-    if p.position_bias is None:
-        return allowed
-    distance = p.position_q[:, None] - p.position_k[None, :]
-    bias = p.position_bias.function(distance, p.heads, p.position_parameters)
-    return bias.masked_fill(~allowed, float("-inf")).to(p.query_bhqd.dtype)[None]
+    return [*(what for what, wanted in lacks.items() if wanted), *fused.missing(spec, use.head_size)]
 
 
 BACKENDS = (
-    Backend(name="sdpa", missing=_missing_sdpa, run=_run_sdpa),
-    Backend(name="eager", missing=lambda spec: [], run=reference.attend),
+    Backend(name="sdpa", missing=lambda spec, use: sdpa.missing(spec), run=sdpa.run),
+    Backend(name="triton", missing=_missing_triton, run=fused.run),
+    Backend(name="eager", missing=lambda spec, use: [], run=reference.attend),
 )
 """Fastest first."""
 
 
-def choose(spec: AttentionSpec, requested: str) -> Backend:
+def choose(spec: AttentionSpec, use: Use, requested: str) -> Backend:
     """The fastest backend that can compute the declaration, or the requested one.
 
     Raises:
@@ -78,7 +70,7 @@ def choose(spec: AttentionSpec, requested: str) -> Backend:
     for backend in BACKENDS:
         if requested not in ("auto", backend.name):
             continue
-        missing = backend.missing(spec)
+        missing = backend.missing(spec, use)
         if not missing:
             return backend
         if requested != "auto":
