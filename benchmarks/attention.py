@@ -137,8 +137,8 @@ def main() -> None:
                 row = {"shape": shape, "variant": variant, "backend": backend.name, "forward_ms": forward}
                 rows.append(row | {"both_ms": both, "ratio": both / baseline, "peak_gib": memory})
                 print(
-                    f"{shape!s:22} {variant:22} {backend.name:7} forward {forward:7.3f} ms  both {both:7.3f} ms"
-                    f"  ratio {both / baseline:5.2f}  {memory:5.2f} GiB",
+                    f"{shape!s:22} {variant:22} {backend.name:7} forward {forward:7.3f} ms  "
+                    f"both {both:7.3f} ms  ratio {both / baseline:5.2f}  {memory:5.2f} GiB",
                     flush=True,
                 )
     if arguments.json:

@@ -14,8 +14,9 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 pytest.importorskip("triton")
 
-from sinkbench.attention import triton_elementwise  # noqa: E402
 from sinkbench_plugins.attention import _triton, similarity  # noqa: E402
+
+from sinkbench.attention import triton_elementwise  # noqa: E402
 
 FUNCTIONS = {
     "sigmoid": (similarity.sigmoid, _triton.fused_sigmoid),
