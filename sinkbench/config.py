@@ -135,7 +135,8 @@ class BigramBackcopyConfig(Section):
 
 class BlendEntry(Section):
     path: str = Field(min_length=1)
-    """folder written by ``sinkbench data prepare``."""
+    """folder written by ``sinkbench data prepare``, or a folder of such folders: they are blended by their
+    sizes, as if shuffled together."""
     weight: PositiveFloat = 1.0
 
 
@@ -143,7 +144,8 @@ class TokenizerConfig(Section):
     """Which tokenizer to use, or to train, when data is prepared."""
 
     path: str | None = None
-    """a SentencePiece .model, a tokenizer.json, or a folder of a Hugging Face tokenizer."""
+    """a SentencePiece .model, a tokenizer.json, a folder of a Hugging Face tokenizer, or OWNER/NAME on the
+    Hugging Face hub."""
     train_vocab_size: Annotated[int, Field(ge=300)] | None = None
     """train a SentencePiece BPE model with byte fallback of this size on the inputs."""
 
@@ -158,7 +160,7 @@ class PrepareConfig(Section):
     """Inputs that the trainer prepares on first use into a cache folder."""
 
     inputs: list[str] = Field(min_length=1)
-    """files, folders, or ``python:docs``, ``python:help`` (the same as dialogues) and ``python:stdlib`` of the
+    """files, folders, or ``python:docs``, ``python:help`` (docs as dialogues), ``python:stdlib`` of the
     running Python."""
     tokenizer: TokenizerConfig
     text_field: str = Field(default="text", min_length=1)
@@ -177,11 +179,20 @@ class IndexedConfig(Section):
     """domain -> prepared folder; default: the held-out split of each train entry."""
     prepare: PrepareConfig | None = None
     """instead of train: what to prepare on first use."""
+    unique_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """share of the training sequences of each folder that is used, repeated as often as the steps need."""
     transforms: list[PluginRef] = []
+
+    @field_validator("validation", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @field_validator("train", mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:
+        if value is None:
+            return []
         if isinstance(value, str):
             return [{"path": value}]
         if isinstance(value, list):
@@ -241,7 +252,7 @@ class TrainConfig(Section):
     global_batch_size: PositiveInt
     """sequences per step."""
     micro_batch_size: PositiveInt | None = None
-    """sequences per forward; default: one accumulation step if it fits the global batch."""
+    """sequences per forward; default: the largest divisor that has at most 2^15 tokens."""
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Literal["none", "attention", "full"] = "none"
     """activations computed again in the backward pass."""

@@ -19,7 +19,7 @@ from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
 from sinkbench.data.source import SequenceSource, open_source
 from sinkbench.errors import RecipeError, SinkbenchError
-from sinkbench.measure.probe import Probe
+from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.measure.results import StepMetrics, write
 from sinkbench.model import Declarations, build_stages, declare
 from sinkbench.progress import Bar, Sink, open_sinks
@@ -33,8 +33,8 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_MICRO_BATCH = 16
-"""Largest micro-batch chosen when the recipe leaves it open."""
+DEFAULT_TOKENS = 2**15
+"""Most tokens of a micro-batch when the recipe leaves its size open."""
 
 
 def train(config: Config, resolved: Resolved) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _check_needs(loss: LossSpec, config: Config, source: SequenceSource) -> None
 
 def micro_batch_size(config: Config, data_size: int) -> int:
     """Sequences per forward pass on one data-parallel rank: the recipe's, or the largest divisor of the
-    rank's share up to 16 that keeps the pipeline filled.
+    rank's share that has at most 2^15 tokens and keeps the pipeline filled.
 
     Raises:
         RecipeError: the global batch does not divide.
@@ -82,7 +82,7 @@ def micro_batch_size(config: Config, data_size: int) -> int:
         )
     size = config.train.micro_batch_size
     if size is None:
-        most = max(1, min(DEFAULT_MICRO_BATCH, share // stages))
+        most = max(1, min(DEFAULT_TOKENS // config.model.seq_length, share // stages))
         size = max(n for n in range(1, most + 1) if share % n == 0)
     if share % size:
         raise RecipeError(
@@ -144,10 +144,7 @@ class Trainer:
         measure = self.config.measure
         if not measure.every:
             return None
-        context = self.declared.context
-        metrics: dict[str, Any] = {
-            chosen.plugin.name: chosen.plugin.build(chosen.params, context) for chosen in resolved.metrics
-        }
+        metrics = build_metrics(resolved.metrics, self.declared.context)
         sequences = self.source.probe(measure.count, measure.length)
         return Probe(metrics, sequences, self.engine, self.declared.transforms)
 
