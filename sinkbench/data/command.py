@@ -6,12 +6,17 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sinkbench.errors import DataError
+
 if TYPE_CHECKING:
     from sinkbench.config import TokenizerConfig
     from sinkbench.data.manifest import Manifest
 
 _INPUTS = """files (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, .md, .py, .rst), folders of them,
-python:docs or python:stdlib (text of the running Python)"""
+python:docs, python:help or python:stdlib (text of the running Python; help is docs as dialogues)"""
+
+
+_TOKENIZER = "a SentencePiece .model, a tokenizer.json or its folder, or OWNER/NAME on the Hugging Face hub"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,16 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("inputs", nargs="+", metavar="INPUT", help=_INPUTS)
     prepare.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="folder to write")
     tokenizer = prepare.add_mutually_exclusive_group(required=True)
-    tokenizer.add_argument(
-        "--tokenizer", metavar="PATH", help="a SentencePiece .model, a tokenizer.json, or its folder"
-    )
+    tokenizer.add_argument("--tokenizer", metavar="PATH", help=_TOKENIZER)
     tokenizer.add_argument(
         "--train-tokenizer", metavar="SIZE", type=int, help="train a SentencePiece BPE model of SIZE tokens"
     )
     prepare.add_argument(
         "--text-field", default="text", metavar="NAME", help="of JSON and parquet records (default: text)"
     )
-    prepare.add_argument(
+    held_out = prepare.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--validation", nargs="+", default=(), metavar="INPUT", help="inputs that are held out, all of them"
+    )
+    held_out.add_argument(
         "--holdout",
         default=0.01,
         type=float,
@@ -40,6 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of documents for validation, from 0 to 1 (default: 0.01)",
     )
     prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+
+    summary = "prepare The Pile by domain, the paper's data"
+    pile = commands.add_parser("pile", help=summary, description=summary)
+    files = "folder with train_the_pile_*.jsonl and valid_the_pile_*.jsonl, or OWNER/NAME on the hub"
+    pile.add_argument("source", metavar="SOURCE", help=f"{files} (the paper's: sail/regmix-data-sample)")
+    pile.add_argument("-o", "--output", required=True, metavar="DIR", type=Path, help="folder of folders")
+    pile.add_argument("--tokenizer", required=True, metavar="PATH", help=_TOKENIZER)
+    pile.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
 
     summary = "compare a prepared folder with its manifest, all of it"
     verify = commands.add_parser("verify", help=summary, description=summary)
@@ -53,7 +68,11 @@ def run(args: argparse.Namespace) -> int:
         DataError: see ``prepare`` and ``verify``.
         HostError: see ``prepare``.
     """
-    return _verify(args.folder) if args.data_command == "verify" else _prepare(args)
+    if args.data_command == "verify":
+        return _verify(args.folder)
+    if args.workers is not None and args.workers < 1:
+        raise DataError("--workers", f"{args.workers} is not a number of processes", "give 1 or more")
+    return _pile(args) if args.data_command == "pile" else _prepare(args)
 
 
 def _verify(folder: Path) -> int:
@@ -67,15 +86,22 @@ def _prepare(args: argparse.Namespace) -> int:
     from sinkbench.data.documents import find_inputs
     from sinkbench.data.manifest import MANIFEST
     from sinkbench.data.prepare import Request, prepare
-    from sinkbench.errors import DataError
 
-    if args.workers is not None and args.workers < 1:
-        raise DataError("--workers", f"{args.workers} is not a number of processes", "give 1 or more")
-    inputs = tuple(find_inputs(args.inputs))
-    request = Request(inputs, _tokenizer_config(args), args.text_field, args.holdout)
+    inputs, validation = (tuple(find_inputs(names)) for names in (args.inputs, args.validation))
+    request = Request(inputs, _tokenizer_config(args), args.text_field, args.holdout, validation)
     found = (args.output / MANIFEST).exists()
     manifest = prepare(request, args.output, workers=args.workers, progress=True)
     _print_counts(args.output, manifest, "was already prepared from these inputs" if found else "is prepared")
+    return 0
+
+
+def _pile(args: argparse.Namespace) -> int:
+    from sinkbench.data.pile import prepare_pile
+
+    prepared = prepare_pile(args.source, args.output, args.tokenizer, workers=args.workers, progress=True)
+    for domain, manifest in prepared.items():
+        _print_counts(args.output / domain, manifest, "is prepared")
+    print(f"train on all of them, shuffled together, with data.train={args.output}")
     return 0
 
 
@@ -83,7 +109,6 @@ def _tokenizer_config(args: argparse.Namespace) -> TokenizerConfig:
     from pydantic import ValidationError
 
     from sinkbench.config import TokenizerConfig
-    from sinkbench.errors import DataError
 
     try:
         return TokenizerConfig(path=args.tokenizer, train_vocab_size=args.train_tokenizer)

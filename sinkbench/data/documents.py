@@ -12,8 +12,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from sinkbench.data import python_text
+from sinkbench.data import dialogue, python_text
+from sinkbench.data.dialogue import RESPONDENT, Dialogue
 from sinkbench.errors import DataError
 
 _TEXT = (".txt", ".md", ".py", ".rst")
@@ -21,6 +23,8 @@ _COMPRESSION = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
 _PARQUET = ".parquet"
 EXTENSIONS = (".jsonl", *_COMPRESSION, *_TEXT, _PARQUET)
 
+_PYTHON_DOCS = {"python:docs": False, "python:help": True}
+"""Inputs without files, and whether they are dialogues."""
 _FIELD_REMEDY = "name the text's field with --text-field (data.prepare.text_field in a recipe)"
 
 
@@ -79,7 +83,13 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class PythonDocs:
-    """The reference documentation of the running Python."""
+    """The reference documentation of the running Python.
+
+    Attributes:
+        dialogues: each document answers a question.
+    """
+
+    dialogues: bool
 
 
 Piece = TextFile | JsonLines | RowGroup | PythonDocs
@@ -112,7 +122,7 @@ def find_inputs(names: Iterable[str]) -> list[Input]:
 
 
 def _find_input(name: str) -> Input:
-    if name == "python:docs":
+    if name in _PYTHON_DOCS:
         return Input(name, ())
     if name == "python:stdlib":
         return Input(name, tuple(python_text.stdlib_files()))
@@ -173,8 +183,8 @@ def units(inputs: Iterable[Input], unit_bytes: int) -> Iterator[Unit]:
 
 def _pieces(entry: Input, unit_bytes: int) -> Iterator[tuple[Piece, int, int]]:
     """Pieces with the bytes they took on disk and the bytes they hold."""
-    if entry.name == "python:docs":
-        yield PythonDocs(), 0, unit_bytes
+    if entry.name in _PYTHON_DOCS:
+        yield PythonDocs(_PYTHON_DOCS[entry.name]), 0, unit_bytes
     for path in entry.files:
         try:
             if path.name.endswith(_TEXT):
@@ -223,8 +233,9 @@ def _row_groups(path: Path) -> Iterator[tuple[Piece, int, int]]:
 
 
 def documents(piece: Piece, text_field: str) -> Iterator[str]:
-    """The texts of a piece; none for a file found in a folder that is not UTF-8. Characters that UTF-8
-    cannot carry (lone surrogates, which JSON can spell) become question marks.
+    """The texts of a piece, a ``Dialogue`` where records hold one and have no text field; none for a file
+    found in a folder that is not UTF-8. Characters that UTF-8 cannot carry (lone surrogates, which JSON can
+    spell) become question marks.
 
     Raises:
         DataError: bytes that are not UTF-8, a line that is not a JSON object, a missing text.
@@ -239,13 +250,12 @@ def documents(piece: Piece, text_field: str) -> Iterator[str]:
                 if named:
                     raise
         case JsonLines():
-            for text in _json_texts(piece, text_field):
-                yield text.encode("utf-8", "replace").decode("utf-8")
+            yield from _json_texts(piece, text_field)
         case RowGroup(path, index):
             yield from _parquet_texts(path, index, text_field)
-        case PythonDocs():
-            for _, text in python_text.reference_documents():
-                yield text
+        case PythonDocs(dialogues):
+            for name, text in python_text.reference_documents():
+                yield Dialogue.of([("user", f"help on {name}"), (RESPONDENT, text)]) if dialogues else text
 
 
 def text_hash(text: str) -> bytes:
@@ -264,13 +274,19 @@ def _json_texts(piece: JsonLines, text_field: str) -> Iterator[str]:
             raise DataError(where, f"is not valid JSON ({error})", "correct or remove the line") from error
         if not isinstance(record, dict):
             raise DataError(where, "is not a JSON object", f'write {{"{text_field}": ...}}')
-        if text_field not in record:
-            found = ", ".join(list(record)[:8]) or "none"
-            raise DataError(where, f"has no field {text_field!r} (fields: {found})", _FIELD_REMEDY)
+        yield _record_text(record, text_field, where)
+
+
+def _record_text(record: dict[str, Any], text_field: str, where: str) -> str:
+    if text_field in record:
         text = record[text_field]
         if not isinstance(text, str):
             raise DataError(where, f"{text_field!r} is not a string", "correct or remove the line")
-        yield text
+        return dialogue.encodable(text)
+    if dialogue.fields(record):
+        return dialogue.read(record, where)
+    found = ", ".join(list(record)[:8]) or "none"
+    raise DataError(where, f"has no field {text_field!r} (fields: {found})", _FIELD_REMEDY)
 
 
 def _parquet_texts(path: Path, index: int, text_field: str) -> Iterator[str]:
@@ -281,23 +297,24 @@ def _parquet_texts(path: Path, index: int, text_field: str) -> Iterator[str]:
         # Opened through Python, so that a missing file is an OSError with its reason.
         with path.open("rb") as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
             schema = parquet.schema_arrow
-            if text_field not in schema.names:
+            columns = [text_field] if text_field in schema.names else [*dialogue.fields(schema.names)]
+            if not columns:
                 found = ", ".join(schema.names[:8])
                 raise DataError(str(path), f"has no column {text_field!r} (columns: {found})", _FIELD_REMEDY)
-            column = parquet.read_row_group(index, columns=[text_field]).column(0)
-            if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-                problem = f"column {text_field!r} holds {column.type}, not strings"
-                raise DataError(str(path), problem, _FIELD_REMEDY)
-            texts = column.to_pylist()
+            kind = schema.field(columns[0]).type
+            is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+            if columns == [text_field] and not is_text:
+                raise DataError(str(path), f"column {text_field!r} holds {kind}, not strings", _FIELD_REMEDY)
+            records = parquet.read_row_group(index, columns=columns).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(str(path), f"is damaged (row group {index})", "replace it") from error
     except UnicodeDecodeError as error:
         raise _not_utf8(str(path), error) from error
-    for row, text in enumerate(texts):
-        if text is None:
-            where = f"{path}: row {row} of row group {index}"
-            raise DataError(where, f"{text_field!r} is null", "remove the row")
-        yield text
+    for row, record in enumerate(records):
+        where = f"{path}: row {row} of row group {index}"
+        if record[columns[0]] is None:
+            raise DataError(where, f"{columns[0]!r} is null", "remove the row")
+        yield _record_text(record, text_field, where)
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -18,12 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkbench.config import IndexedConfig
-from sinkbench.data.manifest import TRAIN, VALIDATION, Manifest, check_sizes, load_manifest
+from sinkbench.data.manifest import MANIFEST, TRAIN, VALIDATION, Manifest, check_sizes, load_manifest
 from sinkbench.data.source import Arrays, HeldOut
 from sinkbench.errors import DataError
 from sinkbench.megatron.datasets import blend_table, open_tokens
 
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 BLEND_PERIOD = 1 << 16
 """A blend repeats its assignment of sequences to folders after so many; weights are met to within one
@@ -39,17 +40,31 @@ class Chunks:
     Args:
         tokens: all ids of the split, mapped from disk.
         lengths: tokens of each document.
+        mask: of all tokens, mapped from disk; None if no document is a dialogue.
     """
 
-    def __init__(self, tokens: Tokens, lengths: npt.NDArray[np.int32], size: int) -> None:
+    def __init__(
+        self, tokens: Tokens, lengths: npt.NDArray[np.int32], size: int, mask: Mask | None = None
+    ) -> None:
         self.count = len(tokens) // size
         self._tokens = tokens
         self._lengths = lengths.astype(np.int64)
         self._chunks = tokens[: self.count * size].reshape(self.count, size)
+        self._masks = None if mask is None else mask[: self.count * size].reshape(self.count, size)
+
+    @property
+    def masked(self) -> bool:
+        return self._masks is not None
 
     def rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """int64 [len(numbers), size]."""
         return self._chunks[numbers].astype(np.int64)
+
+    def masks(self, numbers: npt.NDArray[np.int64]) -> Mask:
+        """Which tokens are part of a response or of a document that is no dialogue, [len(numbers), size]."""
+        if self._masks is None:
+            return np.ones((len(numbers), self._chunks.shape[1]), bool)
+        return self._masks[numbers]
 
     def window(self, offset: int, length: int) -> npt.NDArray[np.int64]:
         return self._tokens[offset : offset + length].astype(np.int64)
@@ -71,21 +86,25 @@ class Epochs:
     """An endless sequence of a split's chunks: one permutation after the other.
 
     Args:
+        unique: share of the chunks that is used, at least one of them. A larger share holds a smaller one.
         seed: of the permutations, together with the epoch.
     """
 
-    def __init__(self, chunks: Chunks, *seed: int) -> None:
-        self._chunks = chunks
+    def __init__(self, chunks: Chunks, unique: float, *seed: int) -> None:
+        self.chunks = chunks
+        count = max(1, round(unique * chunks.count))
+        self._used = _permutation(chunks.count, _EVERY_RUN)[:count] if unique < 1 else np.arange(chunks.count)
         # Two, since a step may span two epochs; a cache that threads may share.
-        self._order = lru_cache(maxsize=2)(partial(_permutation, chunks.count, *seed))
+        self._order = lru_cache(maxsize=2)(partial(_permutation, count, *seed))
 
-    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        epochs, positions = np.divmod(indices, self._chunks.count)
+    def numbers(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Of the chunks at these places of the sequence."""
+        epochs, positions = np.divmod(indices, len(self._used))
         numbers = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
-            numbers[of_epoch] = self._order(epoch)[positions[of_epoch]]
-        return self._chunks.rows(numbers)
+            numbers[of_epoch] = self._used[self._order(epoch)[positions[of_epoch]]]
+        return numbers
 
 
 class Blend:
@@ -96,26 +115,29 @@ class Blend:
     """
 
     def __init__(self, parts: Sequence[Epochs], weights: Sequence[float], names: Sequence[str]) -> None:
+        self.parts = parts
+        if len(parts) == 1:
+            return
         for name, weight in zip(names, weights, strict=True):
             if weight * BLEND_PERIOD < sum(weights):
                 problem = f"weight {weight} is less than one sequence in {BLEND_PERIOD}"
                 raise DataError(name, problem, "raise the weight, or leave the folder out")
-        self._parts = parts
         self._part, self._rank = blend_table(np.array(weights) / sum(weights), BLEND_PERIOD)
         self._per_period = np.bincount(self._part, minlength=len(parts))
 
-    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def located(
+        self, indices: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[npt.NDArray[np.bool_], Chunks, npt.NDArray[np.int64]]]:
+        """For each folder, which of the indices are its own, and the numbers of their chunks."""
+        if len(self.parts) == 1:
+            yield np.ones(len(indices), bool), self.parts[0].chunks, self.parts[0].numbers(indices)
+            return
         periods, offsets = np.divmod(indices, BLEND_PERIOD)
         part = self._part[offsets]
         position = periods * self._per_period[part] + self._rank[offsets]
-        rows: npt.NDArray[np.int64] | None = None
         for number in np.unique(part).tolist():
-            found = self._parts[number].rows(position[part == number])
-            if rows is None:
-                rows = np.empty((len(indices), found.shape[1]), np.int64)
-            rows[part == number] = found
-        assert rows is not None
-        return rows
+            own, epochs = part == number, self.parts[number]
+            yield own, epochs.chunks, epochs.numbers(position[own])
 
 
 @dataclass(frozen=True)
@@ -129,6 +151,15 @@ class _Folder:
         manifest = load_manifest(folder)
         check_sizes(folder, manifest)
         return cls(folder, manifest)
+
+    @classmethod
+    def open_all(cls, path: str) -> list[_Folder]:
+        """The folder of a path, or the prepared folders in it, by name."""
+        folder = Path(path).expanduser()
+        if not folder.is_dir() or (folder / MANIFEST).exists():
+            return [cls.open(path)]
+        inner = sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}"))
+        return [cls.open(str(found)) for found in inner] or [cls.open(path)]
 
     def has(self, split: str) -> bool:
         return self.manifest.tokens[split] > 0
@@ -152,7 +183,11 @@ class _Folder:
             problem = f"{split}.bin holds token {largest}, outside the tokenizer's vocabulary of "
             problem += str(self.manifest.tokenizer.vocab_size)
             raise DataError(str(self.path), problem, "it is damaged: prepare the folder again")
-        return Chunks(file.tokens, file.lengths, size)
+        mask = f"{split}.mask"
+        masked = mask in self.manifest.files
+        return Chunks(
+            file.tokens, file.lengths, size, np.memmap(self.path / mask, bool, "r") if masked else None
+        )
 
 
 class IndexedSource:
@@ -160,7 +195,7 @@ class IndexedSource:
 
     def __init__(
         self,
-        train: Epochs | Blend,
+        train: Blend,
         validation: dict[str, Chunks],
         *,
         seq_length: int,
@@ -173,6 +208,7 @@ class IndexedSource:
         self.domains: tuple[str, ...] = tuple(validation)
         self._train = train
         self._validation = validation
+        self._masked = any(c.masked for c in (*(part.chunks for part in train.parts), *validation.values()))
 
     @classmethod
     def open(cls, config: IndexedConfig, *, seq_length: int, seed: int) -> IndexedSource:
@@ -180,17 +216,7 @@ class IndexedSource:
         Raises:
             DataError: a folder cannot be used, or folders do not go together.
         """
-        if config.prepare is not None:
-            from sinkbench.data.prepare import prepare_cached
-
-            folders = [_Folder.open(str(prepare_cached(config.prepare)))]
-            weights = [1.0]
-            held_out = {"held_out": folders[0]}
-        else:
-            folders = [_Folder.open(entry.path) for entry in config.train]
-            weights = [entry.weight for entry in config.train]
-            held_out = {name: _Folder.open(path) for name, path in config.validation.items()}
-            held_out = held_out or _by_name(folders)
+        folders, weights, held_out = _open_folders(config)
         _check_tokenizers([*folders, *held_out.values()])
         size = seq_length + 1
         parts = []
@@ -199,11 +225,12 @@ class IndexedSource:
             if not chunks.count:
                 problem = f"has {folder.manifest.tokens[TRAIN]} training tokens, below one sequence of {size}"
                 raise DataError(str(folder.path), problem, "shorten model.seq_length, or prepare more text")
-            parts.append(Epochs(chunks, seed, number))
+            parts.append(Epochs(chunks, config.unique_fraction, seed, number))
         names = [str(folder.path) for folder in folders]
-        identity = [[folder.manifest.files["train.bin"].sha256 for folder in folders], weights, size, seed]
+        hashes = [folder.manifest.files["train.bin"].sha256 for folder in folders]
+        identity = [hashes, weights, config.unique_fraction, size, seed]
         return cls(
-            parts[0] if len(parts) == 1 else Blend(parts, weights, names),
+            Blend(parts, weights, names),
             {name: folder.chunks(VALIDATION, size) for name, folder in held_out.items()},
             seq_length=seq_length,
             vocab_size=folders[0].manifest.tokenizer.vocab_size,
@@ -211,17 +238,26 @@ class IndexedSource:
         )
 
     def sequences(self, start: int, count: int) -> Arrays:
-        return {"tokens": self._train.rows(np.arange(start, start + count))}
+        """``tokens``, and ``loss_mask`` where any folder holds dialogues."""
+        tokens = np.empty((count, self.seq_length + 1), np.int64)
+        mask = np.empty(tokens.shape, bool)
+        for own, chunks, numbers in self._train.located(np.arange(start, start + count)):
+            tokens[own] = chunks.rows(numbers)
+            if self._masked:
+                mask[own] = chunks.masks(numbers)
+        return {"tokens": tokens} | ({"loss_mask": mask} if self._masked else {})
 
     def sequence(self, index: int) -> Arrays:
-        return {"tokens": self.sequences(index, 1)["tokens"][0]}
+        return {name: rows[0] for name, rows in self.sequences(index, 1).items()}
 
     def validation(self, domain: str) -> HeldOut:
         chunks = self._validation[domain]
         order = _permutation(chunks.count, _EVERY_RUN)
 
         def read(start: int, count: int) -> Arrays:
-            return {"tokens": chunks.rows(order[start : start + count])}
+            numbers = order[start : start + count]
+            masks = {"loss_mask": chunks.masks(numbers)} if self._masked else {}
+            return {"tokens": chunks.rows(numbers)} | masks
 
         return HeldOut(chunks.count, read)
 
@@ -258,6 +294,25 @@ def _by_name(folders: Sequence[_Folder]) -> dict[str, _Folder]:
         if folder.has(VALIDATION):
             named[name] = folder
     return named
+
+
+def _open_folders(config: IndexedConfig) -> tuple[list[_Folder], list[float], dict[str, _Folder]]:
+    """Training folders, their weights, and folders that hold validation documents by domain. A folder of
+    prepared folders is blended by their sizes, as if their sequences were shuffled together."""
+    if config.prepare is not None:
+        from sinkbench.data.prepare import prepare_cached
+
+        folder = _Folder.open(str(prepare_cached(config.prepare)))
+        return [folder], [1.0], {"held_out": folder}
+    folders: list[_Folder] = []
+    weights: list[float] = []
+    for entry in config.train:
+        found = _Folder.open_all(entry.path)
+        sizes = [folder.manifest.tokens[TRAIN] for folder in found]
+        folders += found
+        weights += [entry.weight * size / max(sum(sizes), 1) for size in sizes]
+    held_out = {name: _Folder.open(path) for name, path in config.validation.items()}
+    return folders, weights, held_out or _by_name(folders)
 
 
 def _check_tokenizers(folders: Sequence[_Folder]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkbench.data.manifest import SPLITS, TRAIN, VALIDATION, FileRecord, InputRecord, file_sha256
-from sinkbench.data.shards import ShardIndex, Tokens, load_documents, token_dtype
+from sinkbench.data.shards import Mask, ShardIndex, Tokens, load_documents, load_masks, token_dtype
 from sinkbench.errors import DataError
 from sinkbench.megatron.datasets import TokenWriter
 
@@ -33,16 +33,18 @@ def join(
     *,
     inputs: Sequence[str],
     holdout: float,
+    held_out_from: int | None,
     vocab_size: int,
     advance: Callable[[int], None],
 ) -> Joined:
-    """Writes ``train`` and ``validation`` token files into ``target``; a split without documents
-    gets none.
+    """Writes ``train`` and ``validation`` token files into ``target``, with masks if there are dialogues;
+    a split without documents gets none.
 
     Args:
         shards: in order; of equal documents the first is kept.
         inputs: names of the inputs, for the counts and for errors.
         holdout: share of documents for validation, see ``_splits``.
+        held_out_from: instead, the documents of inputs from this number on.
         advance: told the bytes of each shard when it is done.
 
     Raises:
@@ -51,27 +53,33 @@ def join(
     indices = [ShardIndex.load(path) for path in shards]
     hashes = np.concatenate([index.hashes for index in indices])
     kept = _first_copies(hashes)
-    held_out = _held_out(hashes[:, 0], kept, holdout)
-    records = _counts(inputs, indices, kept)
-    cut = holdout if kept.sum() == 1 and 0 < holdout < 1 else None
+    owner = np.repeat([index.input_index for index in indices], [len(index.lengths) for index in indices])
+    records = _counts(inputs, indices, owner, kept)
+    if held_out_from is None:
+        held_out = _held_out(hashes[:, 0], kept, holdout)
+        cut = holdout if kept.sum() == 1 and 0 < holdout < 1 else None
+    else:
+        held_out, cut = owner >= held_out_from, None
+    masked = any(index.dialogues for index in indices)
 
     writers: dict[str, TokenWriter] = {}
     documents, tokens = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     position = 0
     for path in shards:
-        for document in load_documents(path):
+        for document, mask in zip(load_documents(path), load_masks(path), strict=True):
             if kept[position]:
-                for split, part in _splits(document, bool(held_out[position]), cut):
+                for split, part, responses in _splits(document, mask, bool(held_out[position]), cut):
                     if split not in writers:
-                        writers[split] = TokenWriter(target / split, token_dtype(vocab_size))
-                    writers[split].add(part)
+                        writers[split] = TokenWriter(target / split, token_dtype(vocab_size), masked=masked)
+                    writers[split].add(part, responses)
                     documents[split] += 1
                     tokens[split] += len(part)
             position += 1
         advance(path.stat().st_size)
     for writer in writers.values():
         writer.close()
-    names = [f"{split}.{kind}" for split in SPLITS if split in writers for kind in ("bin", "idx")]
+    kinds = ("bin", "idx", "mask") if masked else ("bin", "idx")
+    names = [f"{split}.{kind}" for split in SPLITS if split in writers for kind in kinds]
     files = {
         name: FileRecord(bytes=(target / name).stat().st_size, sha256=file_sha256(target / name))
         for name in names
@@ -87,9 +95,11 @@ def _first_copies(hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
 
 
 def _counts(
-    inputs: Sequence[str], indices: Sequence[ShardIndex], kept: npt.NDArray[np.bool_]
+    inputs: Sequence[str],
+    indices: Sequence[ShardIndex],
+    owner: npt.NDArray[np.int64],
+    kept: npt.NDArray[np.bool_],
 ) -> list[InputRecord]:
-    owner = np.repeat([index.input_index for index in indices], [len(index.lengths) for index in indices])
     lengths = np.concatenate([index.lengths for index in indices])
     records = []
     for number, name in enumerate(inputs):
@@ -122,12 +132,14 @@ def _held_out(
     return chosen
 
 
-def _splits(document: Tokens, held_out: bool, cut: float | None) -> Iterator[tuple[str, Tokens]]:
+def _splits(
+    document: Tokens, mask: Mask, held_out: bool, cut: float | None
+) -> Iterator[tuple[str, Tokens, Mask]]:
     """The splits a document goes to: one, but the only document of all is cut and its end held out."""
     if cut is None:
-        yield (VALIDATION if held_out else TRAIN), document
+        yield (VALIDATION if held_out else TRAIN), document, mask
         return
     end = len(document) - round(cut * len(document))
     end = min(max(end, 1), len(document) - 1)
-    yield TRAIN, document[:end]
-    yield VALIDATION, document[end:]
+    yield TRAIN, document[:end], mask[:end]
+    yield VALIDATION, document[end:], mask[end:]

@@ -1,7 +1,9 @@
 """The manifest of a prepared folder: what is in it and how to tell that it is whole.
 
 A prepared folder holds ``train.bin/.idx`` and ``validation.bin/.idx`` (megatron IndexedDataset), the
-tokenizer's files in ``tokenizer/`` and ``manifest.json``, which is written last.
+tokenizer's files in ``tokenizer/`` and ``manifest.json``, which is written last. If any document is a
+dialogue there are ``train.mask`` and ``validation.mask`` too: for each token a byte, 1 if it is part of a
+response or of a document that is no dialogue.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ class Manifest(_Record):
     tokenizer: TokenizerRecord
     dtype: Literal["uint16", "int32"]
     files: dict[str, FileRecord]
-    """of the .bin and .idx files; a split without documents has none."""
+    """of the .bin, .idx and .mask files; a split without documents has none."""
 
 
 def load_manifest(folder: Path) -> Manifest:

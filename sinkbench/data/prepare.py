@@ -49,12 +49,14 @@ class Request:
         text_field: of JSON objects and parquet files.
         holdout: share of documents (0 to 1) for validation, chosen by hash. Strictly between 0 and 1
             both splits get a document: a lone one is cut.
+        validation: inputs that are held out instead. A document that is in both is trained on only.
     """
 
     inputs: tuple[Input, ...]
     tokenizer: TokenizerConfig
     text_field: str = "text"
     holdout: float = 0.01
+    validation: tuple[Input, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout <= 1:
@@ -68,7 +70,7 @@ class Request:
             [entry.identity() for entry in self.inputs],
             load_tokenizer(Path(path).expanduser()).sha256 if path else self.tokenizer.train_vocab_size,
             self.text_field,
-            self.holdout,
+            [entry.identity() for entry in self.validation] or self.holdout,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -198,7 +200,8 @@ class _Job:
         self._workers = workers
         self._progress = progress
         self._unit_bytes = unit_bytes
-        self._total = sum(entry.size for entry in request.inputs)
+        self._inputs = (*request.inputs, *request.validation)
+        self._total = sum(entry.size for entry in self._inputs)
 
     def run(self) -> Manifest:
         self._start_or_resume()
@@ -221,7 +224,7 @@ class _Job:
         self._shards.mkdir(exist_ok=True)
 
     def _units(self) -> Iterator[Unit]:
-        return units(self._request.inputs, self._unit_bytes)
+        return units(self._inputs, self._unit_bytes)
 
     def _tokenizer(self) -> Tokenizer:
         path, vocab_size = self._request.tokenizer.path, self._request.tokenizer.train_vocab_size
@@ -282,8 +285,9 @@ class _Job:
             joined = join(
                 shards,
                 result,
-                inputs=[entry.name for entry in self._request.inputs],
+                inputs=[entry.name for entry in self._inputs],
                 holdout=self._request.holdout,
+                held_out_from=len(self._request.inputs) if self._request.validation else None,
                 vocab_size=tokenizer.vocab_size,
                 advance=advance,
             )

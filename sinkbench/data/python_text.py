@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 
-NAMES = ("python:docs", "python:stdlib")
+NAMES = ("python:docs", "python:help", "python:stdlib")
 
 _SKIPPED_FOLDERS = frozenset(
     # pydoc_data is the source form of the text that python:docs gives; distributions differ in the tests.

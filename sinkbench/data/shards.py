@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from sinkbench.data.dialogue import Dialogue, segments
 from sinkbench.data.documents import TextFile, Unit, documents, text_hash
 from sinkbench.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -19,6 +20,7 @@ _BATCH = 64
 
 Tokens: TypeAlias = npt.NDArray[np.integer[Any]]
 """One-dimensional, uint16 or int32."""
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.int32]:
@@ -36,6 +38,7 @@ class ShardIndex:
         input_index: the input that the unit belongs to.
         empty: documents left out because they hold nothing but white space.
         not_text: files of folders left out because they are not UTF-8.
+        dialogues: some documents are, so that the shard has masks.
     """
 
     lengths: npt.NDArray[np.int64]
@@ -43,12 +46,15 @@ class ShardIndex:
     input_index: int
     empty: int
     not_text: int
+    dialogues: bool
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
         with np.load(path) as arrays:
-            counts = (int(count) for count in arrays["counts"])
-            return cls(arrays["lengths"], arrays["hashes"], *counts)
+            input_index, empty, not_text = (int(count) for count in arrays["counts"])
+            return cls(
+                arrays["lengths"], arrays["hashes"], input_index, empty, not_text, dialogues="mask" in arrays
+            )
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -61,12 +67,20 @@ def load_documents(path: Path) -> list[Tokens]:
         return np.split(arrays["tokens"], np.cumsum(arrays["lengths"]))[:-1]
 
 
-def _save(path: Path, tokens: Tokens, index: ShardIndex) -> None:
+def load_masks(path: Path) -> list[Mask]:
+    """Of each document, which tokens are part of a response; all of a document that is no dialogue."""
+    with np.load(path) as arrays:
+        mask = arrays["mask"] if "mask" in arrays else np.ones(len(arrays["tokens"]), bool)
+        return np.split(mask, np.cumsum(arrays["lengths"]))[:-1]
+
+
+def _save(path: Path, tokens: Tokens, mask: Mask, index: ShardIndex) -> None:
     """Writes a shard under a temporary name, then renames it: a shard that exists is whole."""
     temporary = path.with_suffix(".tmp")
     counts = np.array([index.input_index, index.empty, index.not_text])
     with temporary.open("wb") as stream:
-        np.savez(stream, tokens=tokens, lengths=index.lengths, hashes=index.hashes, counts=counts)
+        arrays = {"tokens": tokens, "lengths": index.lengths, "hashes": index.hashes, "counts": counts}
+        np.savez(stream, allow_pickle=False, **(arrays | ({"mask": mask} if index.dialogues else {})))
     temporary.replace(path)
 
 
@@ -87,14 +101,15 @@ def _tokenise(tokenizer: Tokenizer, text_field: str, folder: Path, job: tuple[in
     texts = [text for found in by_piece for text in found]
     filled = [text for text in texts if _has_text(text)]
     rows = [
-        np.append(ids, tokenizer.eos_id)
+        row
         for start in range(0, len(filled), _BATCH)
-        for ids in tokenizer.encode(filled[start : start + _BATCH])
+        for row in _encode(tokenizer, filled[start : start + _BATCH])
     ]
-    tokens = np.concatenate([*rows, np.zeros(0, np.int32)])
+    tokens = np.concatenate([*(ids for ids, _ in rows), np.zeros(0, np.int32)])
+    mask = np.concatenate([*(responses for _, responses in rows), np.zeros(0, bool)])
     hashes = np.frombuffer(b"".join(map(text_hash, filled)), "<u8").astype(np.uint64)
     index = ShardIndex(
-        lengths=np.array([len(row) for row in rows], np.int64),
+        lengths=np.array([len(ids) for ids, _ in rows], np.int64),
         hashes=hashes.reshape(-1, 2),
         input_index=unit.input_index,
         empty=len(texts) - len(filled),
@@ -102,9 +117,26 @@ def _tokenise(tokenizer: Tokenizer, text_field: str, folder: Path, job: tuple[in
             isinstance(piece, TextFile) and not found
             for piece, found in zip(unit.pieces, by_piece, strict=True)
         ),
+        dialogues=any(isinstance(text, Dialogue) for text in filled),
     )
-    _save(shard_path(folder, number), tokens.astype(token_dtype(tokenizer.vocab_size)), index)
+    _save(shard_path(folder, number), tokens.astype(token_dtype(tokenizer.vocab_size)), mask, index)
     return unit.size
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[tuple[Tokens, Mask]]:
+    """Tokens and mask of each document. EOS ends every response, and the document. Segments are encoded
+    one by one, so that a response begins with a token of its own."""
+    parts = [segments(text) for text in texts]
+    encoded = iter(tokenizer.encode([segment.text for part in parts for segment in part]))
+    for part in parts:
+        ids: list[Tokens] = []
+        mask: list[Mask] = []
+        for segment in part:
+            ends = segment.response or segment is part[-1]
+            found = next(encoded)
+            ids.append(np.append(found, tokenizer.eos_id) if ends else found)
+            mask.append(np.full(len(ids[-1]), segment.response))
+        yield np.concatenate(ids), np.concatenate(mask)
 
 
 def _sample(text_field: str, share: float, unit: Unit) -> tuple[int, list[tuple[bytes, str]]]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sinkbench.data import hub
 from sinkbench.data.manifest import file_sha256
 from sinkbench.errors import DataError
 
@@ -163,8 +164,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a file or folder.
 
     Args:
-        path: a SentencePiece .model, a tokenizer.json, or a folder that holds tokenizer.json or else
-            tokenizer.model.
+        path: a SentencePiece .model, a tokenizer.json, a folder that holds tokenizer.json or else
+            tokenizer.model, or OWNER/NAME of a model on the Hugging Face hub.
 
     Raises:
         DataError: nothing there is a tokenizer that can be read, or it has no EOS.
@@ -175,6 +176,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 return load_tokenizer(path / name)
         problem = "holds neither tokenizer.json nor tokenizer.model"
         raise DataError(str(path), problem, "give the folder of a fast tokenizer")
+    if hub.is_name(str(path)) and path.suffix not in (".model", ".json"):
+        return HuggingFaceTokenizer(hub.tokenizer(str(path)))
     if not path.exists():
         raise DataError(str(path), "no such tokenizer", "give a .model, a tokenizer.json or its folder")
     if path.suffix == ".model":

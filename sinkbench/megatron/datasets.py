@@ -39,18 +39,25 @@ class TokenWriter:
     Args:
         prefix: path without the extension.
         dtype: of the stored ids, uint16 or int32.
+        masked: also write ``PREFIX.mask``, a byte for each token.
     """
 
-    def __init__(self, prefix: Path, dtype: npt.DTypeLike) -> None:
+    def __init__(self, prefix: Path, dtype: npt.DTypeLike, *, masked: bool = False) -> None:
+        self._mask = Path(f"{prefix}.mask").open("wb") if masked else None
         self._index = f"{prefix}.idx"
         self._builder: Any = _indexed_dataset().IndexedDatasetBuilder(
             f"{prefix}.bin", dtype=np.dtype(dtype).type
         )
 
-    def add(self, document: npt.NDArray[np.integer[Any]]) -> None:
+    def add(self, document: npt.NDArray[np.integer[Any]], mask: npt.NDArray[np.bool_] | None = None) -> None:
         self._builder.add_document(document, [len(document)])
+        if self._mask is not None:
+            assert mask is not None
+            self._mask.write(mask.tobytes())
 
     def close(self) -> None:
+        if self._mask is not None:
+            self._mask.close()
         self._builder.finalize(self._index)
 
 

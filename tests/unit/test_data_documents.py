@@ -182,7 +182,7 @@ def test_folder_without_documents(tmp_path: Path) -> None:
 
 def test_unknown_text_of_python() -> None:
     assert error_of("python:tests") == (
-        "python:tests: no such text of Python; give one of python:docs, python:stdlib"
+        "python:tests: no such text of Python; give one of python:docs, python:help, python:stdlib"
     )
 
 
