@@ -25,6 +25,10 @@ def run(arguments: argparse.Namespace) -> None:
     from sinkbench.measure.runs import measure_run
     from sinkbench.report.table import comparison_table
 
+    console = Console(stderr=True)
+    # The bar is gone when an error prints its one line, and is never written to a file.
+    hidden = not console.is_terminal
+    targets = track(arguments.target, "measuring", console=console, transient=True, disable=hidden)
     results = [
         measure_run(
             target,
@@ -34,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
             metrics=arguments.metrics,
             device=arguments.device,
         )
-        for target in track(arguments.target, description="measuring", console=Console(stderr=True))
+        for target in targets
     ]
     if arguments.json:
         write(arguments.json, Results(results=results))

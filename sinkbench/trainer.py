@@ -118,7 +118,6 @@ class Trainer:
         self.source = source
         self.layout = layout
         self.micro_batch = micro_batch
-        self.folder = on_main(layout, lambda: RunFolder(config))
         self.manifest = manifest.describe(resolved, declared, layout, source.fingerprint)
         self.store = CheckpointStore(folder_of(config) / "checkpoints")
         stages = build_stages(config, declared, layout)
@@ -131,6 +130,8 @@ class Trainer:
         self.tokens_per_step = config.train.global_batch_size * config.model.seq_length
         self.tokens = 0
         self.sinks: list[Sink] = []
+        # Last, so that a run that cannot start leaves no folder.
+        self.folder = on_main(layout, lambda: RunFolder(config))
 
     def _load_start(self, stages: list[Any], folder: Path) -> None:
         from sinkbench.megatron import state

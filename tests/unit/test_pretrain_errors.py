@@ -1,0 +1,326 @@
+"""What stops a run once its recipe is read: each ends with exit code 2 and one line, and changes nothing.
+
+Wrong recipes and plugins are in wrong_input.yaml.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.harness import RunDistributed
+from tests.unit.test_wrong_input import contents
+
+SMALL = """\
+name: small
+model: {num_layers: 2, hidden_size: 32, num_attention_heads: 4, ffn: none, seq_length: 16}
+data: {source: bigram_backcopy}
+optim: {lr: 4e-4, warmup_steps: 1}
+train: {steps: 4, global_batch_size: 8, precision: fp32, device: cpu}
+checkpoint: {every: 2}
+measure: {every: 0}
+log: {progress: false}
+"""
+
+
+def rank_calls(
+    rank: int, world_size: int, command_module: str, arguments: Sequence[str]
+) -> tuple[int, str, str]:
+    """Runs a command; returns its exit code, output and errors."""
+    from sinkbench import command
+
+    command.REPORT_WAIT_S = 0.0
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = importlib.import_module(command_module).main(arguments)
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with small.yaml and a finished run of it, with checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "small.yaml").write_text(SMALL)
+    arguments = [str(folder / "small.yaml"), f"output_dir={folder}"]
+    ((code, _, err),) = run_distributed(1, rank_calls, "sinkbench.pretrain", arguments)
+    assert (code, err) == (0, "")
+    return folder
+
+
+@pytest.fixture
+def work(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: a copy of ``trained`` where the run is in ``runs``."""
+    shutil.copytree(trained / "small", tmp_path / "runs" / "small")
+    shutil.copy(trained / "small.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def assert_refused(
+    results: Sequence[tuple[int, str, str]], line: str, before: dict[Path, bytes | None], work: Path
+) -> None:
+    wanted = re.escape(line).replace(r"\.\.\.", ".*")
+    for code, out, err in results:
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert re.fullmatch(wanted, err.rstrip("\n")), err
+    assert contents(work) == before
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Attributes:
+        name: what is wrong.
+        line: what must be printed; ... is anything.
+        overrides: of the recipe.
+        damage: done to the run's folder before.
+        processes: of the job.
+    """
+
+    name: str
+    line: str
+    overrides: tuple[str, ...] = ()
+    damage: Callable[[Path], object] = field(default=lambda run: None)
+    processes: int = 1
+
+
+OTHER_SEED = (
+    "runs/small: it holds a run of another recipe (seed 1234 -> 7); set another name, or delete the folder"
+)
+NEW = "name=new"
+"""A run that has no folder yet."""
+
+RUN_CASES = (
+    Case(
+        "processes do not divide",
+        "command line: parallel: 3 processes are not divisible by tensor 2 x pipeline 1 x context 1 = 2; "
+        "start a multiple of 2 processes (torchrun --nproc-per-node), or change parallel",
+        overrides=(NEW, "parallel.tensor=2"),
+        processes=3,
+    ),
+    Case(
+        "global batch does not divide",
+        "command line: train.global_batch_size: 9 is not divisible by the data-parallel size 2; "
+        "change it, or the number of processes",
+        overrides=(NEW, "train.global_batch_size=9"),
+        processes=2,
+    ),
+    Case(
+        "interleaved pipeline without enough micro-batches",
+        "command line: train.micro_batch_size: the interleaved pipeline needs a multiple of 2 micro-batches, "
+        "not 1; change train.micro_batch_size or train.global_batch_size",
+        overrides=(
+            NEW,
+            "model.num_layers=4",
+            "parallel={pipeline: 2, virtual_pipeline: 2}",
+            "train.micro_batch_size=8",
+        ),
+        processes=2,
+    ),
+    Case(
+        "sdpa with sigmoid",
+        "command line: model.backend: sdpa cannot compute a similarity other than softmax, which "
+        "model.attention declares; write auto or eager",
+        overrides=(NEW, "model.backend=sdpa", "model.attention=sigmoid"),
+    ),
+    Case(
+        "unknown megatron field",
+        "command line: model.megatron.hiden_dropout: megatron-core has no such field; choose from ...",
+        overrides=(NEW, "model.megatron={hiden_dropout: 0.1}"),
+    ),
+    Case(
+        "megatron field of a section",
+        "command line: model.megatron.num_layers: a section of the recipe owns this field; set it there "
+        "instead",
+        overrides=(NEW, "model.megatron={num_layers: 3}"),
+    ),
+    Case(
+        "megatron field without effect",
+        "command line: model.megatron.qk_layernorm: this field has no effect in sinkbench's models; remove "
+        "it; these take effect: ...",
+        overrides=(NEW, "model.megatron={qk_layernorm: true}"),
+    ),
+    Case(
+        "vocabulary does not divide",
+        "command line: parallel.tensor: the padded vocabulary of 128 is not divisible by 3; choose another "
+        "tensor-parallel size",
+        overrides=(NEW, "parallel.tensor=3", "model.num_attention_heads=3", "model.head_size=8"),
+        processes=3,
+    ),
+    Case(
+        "vocabulary too small",
+        "command line: model.vocab_size: 60 is below the 65 tokens of the data; raise it, or leave it out",
+        overrides=(NEW, "model.vocab_size=60"),
+    ),
+    Case(
+        "another recipe",
+        "runs/small: it holds a run of another recipe (optim.lr 0.0004 -> 0.01, seed 1234 -> 7); set another "
+        "name, or delete the folder",
+        overrides=("optim.lr=1e-2", "seed=7"),
+    ),
+    Case(
+        "fewer steps than the checkpoint",
+        "command line: train.steps: 3 is below the checkpoint's step 4; raise it, or set another name",
+        overrides=("train.steps=3",),
+        damage=lambda run: (run / "recipe.yaml").unlink(),
+    ),
+)
+
+
+def checkpoint_case(name: str, line: str, damage: Callable[[Path], object]) -> Case:
+    return Case(name, line, damage=lambda run: damage(run / "checkpoints" / "step_4"))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def change_info(folder: Path, **values: object) -> None:
+    path = folder / "checkpoint.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+STEP_4 = "runs/small/checkpoints/step_4"
+EARLIER = "delete the folder to go on from an earlier checkpoint"
+CHECKPOINT_CASES = (
+    checkpoint_case(
+        "no checkpoint.json",
+        f"{STEP_4}: checkpoint.json is missing, so it is not a complete checkpoint; {EARLIER}",
+        lambda folder: (folder / "checkpoint.json").unlink(),
+    ),
+    checkpoint_case(
+        "truncated checkpoint.json",
+        f"{STEP_4}/checkpoint.json: is damaged (JSONDecodeError: ...); {EARLIER}",
+        lambda folder: truncate(folder / "checkpoint.json"),
+    ),
+    checkpoint_case(
+        "checkpoint.json of something else",
+        f"{STEP_4}/checkpoint.json: is damaged (TypeError: ...); {EARLIER}",
+        lambda folder: (folder / "checkpoint.json").write_text("[]"),
+    ),
+    checkpoint_case(
+        "another format",
+        f"{STEP_4}: it has format 99, this version reads 1; use a matching sinkbench",
+        lambda folder: change_info(folder, format=99),
+    ),
+    checkpoint_case(
+        "no .metadata",
+        f"{STEP_4}/.metadata: is missing; copy it again, or {EARLIER}",
+        lambda folder: (folder / ".metadata").unlink(),
+    ),
+    checkpoint_case(
+        "no shard",
+        f"{STEP_4}/__0_0.distcp: is missing; copy it again, or {EARLIER}",
+        lambda folder: (folder / "__0_0.distcp").unlink(),
+    ),
+    checkpoint_case(
+        "truncated shard",
+        f"{STEP_4}/__0_0.distcp: has ... bytes where checkpoint.json says ...; copy it again, or {EARLIER}",
+        lambda folder: truncate(folder / "__0_0.distcp"),
+    ),
+    checkpoint_case(
+        "no recipe",
+        f"{STEP_4}/recipe.yaml: is missing; copy it again, or {EARLIER}",
+        lambda folder: (folder / "recipe.yaml").unlink(),
+    ),
+)
+
+
+@pytest.mark.parametrize("case", [*RUN_CASES, *CHECKPOINT_CASES], ids=lambda case: case.name)
+def test_pretrain_refuses(run_distributed: RunDistributed, work: Path, case: Case) -> None:
+    case.damage(work / "runs" / "small")
+    before = contents(work)
+    arguments = ["small.yaml", *case.overrides]
+    results = run_distributed(case.processes, rank_calls, "sinkbench.pretrain", arguments)
+    assert_refused(results, case.line, before, work)
+
+
+@pytest.mark.parametrize("case", CHECKPOINT_CASES, ids=lambda case: case.name)
+def test_measure_refuses_a_damaged_checkpoint(
+    run_distributed: RunDistributed, work: Path, case: Case
+) -> None:
+    case.damage(work / "runs" / "small")
+    before = contents(work)
+    results = run_distributed(1, rank_calls, "sinkbench.cli", ["measure", "runs/small"])
+    assert_refused(results, case.line, before, work)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ("runs/gone", "runs/gone: there is no such folder; ..."),
+        ("runs", "runs: it holds no checkpoint; train it first, or name another folder"),
+        ("runs/small --step 3", "runs/small/checkpoints/step_3: there is no such checkpoint; ..."),
+    ],
+)
+def test_measure_refuses_what_is_not_there(
+    run_distributed: RunDistributed, work: Path, arguments: str, line: str
+) -> None:
+    before = contents(work)
+    results = run_distributed(1, rank_calls, "sinkbench.cli", ["measure", *arguments.split()])
+    assert_refused(results, line, before, work)
+
+
+def test_cuda_without_a_card(
+    run_distributed: RunDistributed, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    before = contents(work)
+    arguments = ["small.yaml", NEW, "train.device=cuda"]
+    results = run_distributed(1, rank_calls, "sinkbench.pretrain", arguments)
+    line = "command line: train.device: cuda is not available here; write auto or cpu"
+    assert_refused(results, line, before, work)
+
+
+def test_folder_of_a_live_run(run_distributed: RunDistributed, work: Path) -> None:
+    before = contents(work)
+    with (work / "runs" / "small" / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = run_distributed(1, rank_calls, "sinkbench.pretrain", ["small.yaml"])
+    line = "runs/small: another run is writing here; wait for it, or set another name"
+    assert_refused(results, line, before, work)
+    ((code, _, _),) = run_distributed(1, rank_calls, "sinkbench.pretrain", ["small.yaml"])
+    assert code == 0
+
+
+def test_every_rank_stops_where_the_main_one_does(run_distributed: RunDistributed, work: Path) -> None:
+    """The main process alone opens the folder; the others raise its error."""
+    before = contents(work)
+    arguments = ["small.yaml", "seed=7", "parallel.tensor=2"]
+    results = run_distributed(2, rank_calls, "sinkbench.pretrain", arguments)
+    assert_refused(results, OTHER_SEED, before, work)
+
+
+def test_exit_code_of_the_process(work: Path) -> None:
+    before = contents(work)
+    command = [sys.executable, "-m", "sinkbench.pretrain", "small.yaml", "seed=7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert_refused([(done.returncode, done.stdout, done.stderr)], OTHER_SEED, before, work)
+
+
+def test_torchrun_prints_the_line_once_and_first(work: Path) -> None:
+    before = contents(work)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "sinkbench.pretrain", "small.yaml", "seed=7", "parallel.pipeline=2"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=180, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode != 0
+    assert lines[0] == OTHER_SEED
+    assert lines.count(OTHER_SEED) == 1
+    assert "/sinkbench/" not in done.stderr  # torchrun prints a traceback, of its own files
+    assert contents(work) == before
