@@ -267,9 +267,10 @@ class Trainer:
     def _probe(self, step: int) -> None:
         if self.probe is None:
             return
+        began = time.perf_counter()
         results = self.probe.run()
         floats = {name: value for name, value in results.items() if isinstance(value, int | float)}
-        self._log(step, "probe", floats)
+        self._log(step, "probe", {**floats, "seconds": time.perf_counter() - began})
         if self.folder is not None:
             path = self.folder.path / "measure" / f"step_{step}.json"
             write(path, StepMetrics(step=step, metrics=results))
@@ -300,7 +301,7 @@ class Trainer:
             "tokens_per_second": train.get("tokens_per_second"),
             "mfu": train.get("mfu"),
             **{key: value for key, value in validation.items() if key.startswith("loss/")},
-            **{key: value for key, value in probe.items() if key not in ("step", "event")},
+            **{key: value for key, value in probe.items() if key not in ("step", "event", "seconds")},
         }
         write_json(self.folder.path / "summary.json", summary)
         return summary
