@@ -1,49 +1,218 @@
-"""``sinkbench measure TARGET ...``: the sink of trained runs."""
+"""``sinkbench measure TARGET ...``: the sink of trained runs and of open models."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from sinkbench import recipe_files
+from sinkbench.errors import SinkbenchError
+from sinkbench.files import write_atomically
+from sinkbench.measure.finished import CACHE, Finished
+from sinkbench.measure.inputs import INPUTS
+from sinkbench.measure.model_list import ModelList, read_model_list
 from sinkbench.measure.results import Result, Results, write
+from sinkbench.measure.settings import Settings
+
+LIST_SUFFIXES = (".yaml", ".yml")
+
+
+def positive(text: str) -> int:
+    """A count on the command line."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def step(text: str) -> int | str:
+    """A checkpoint's step, or all of them."""
+    if text != "all" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a step nor all")
+    return text if text == "all" else int(text)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("target", nargs="+", help="folder of a run, or of one of its checkpoints")
-    parser.add_argument("--step", type=int, help="checkpoint of this step (default: the last)")
-    parser.add_argument("--length", type=int, help="tokens of a probe sequence (default: the recipe's)")
-    parser.add_argument("--count", type=int, help="probe sequences (default: the recipe's)")
-    parser.add_argument("--metrics", nargs="+", default=[], help="metric plugins (default: the recipe's)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    """Declare the command line."""
+    parser.add_argument(
+        "target",
+        nargs="+",
+        help="a run, one of its checkpoints, a Hugging Face folder, a .gguf file, a name on the hub, or a "
+        "list of models (.yaml)",
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--inputs", nargs="+", choices=INPUTS, help="kinds of token sequences (default: natural)"
+    )
+    what.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="natural text, one prompt a line (or .jsonl)"
+    )
+    what.add_argument("--length", type=positive, help="tokens of a sequence (default: 64, or the recipe's)")
+    what.add_argument("--count", type=positive, help="sequences (default: 100, or the recipe's)")
+    what.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
+    what.add_argument("--bos", action="store_true", help="put the beginning-of-sequence token in front")
+    what.add_argument("--step", type=step, help="checkpoint of this step, or all (default: the last)")
+    what.add_argument(
+        "--metrics",
+        nargs="+",
+        default=[],
+        help="metric plugins, by name or as '{name: sink, k: [1, 2]}' (default: sink norms, or the recipe's)",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    how.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    how.add_argument("--batch-size", type=positive, help="sequences per forward (default: 4096 tokens)")
+    how.add_argument(
+        "--attention",
+        choices=("auto", "whole", "streaming"),
+        default="auto",
+        help="hold a layer's attention weights, or never (auto: up to 512 tokens)",
+    )
+    how.add_argument("--allow-pickle", action="store_true", help="read pickled weights, which can run code")
+    how.add_argument("--allow-code", action="store_true", help="run the code that comes with a model")
+    how.add_argument("--cache", type=Path, default=CACHE, help="finished results (default: %(default)s)")
+    how.add_argument("--again", action="store_true", help="measure anew what is in the cache")
+    out = parser.add_argument_group("what is written")
+    out.add_argument("--json", type=Path, metavar="FILE", help="all results")
+    out.add_argument("--csv", type=Path, metavar="FILE", help="all results, one number a line")
+    out.add_argument("--report", type=Path, metavar="FILE", help="tables and figures on one HTML page")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One target with its settings.
+
+    Attributes:
+        name: in tables.
+        optional: one that cannot be had is skipped.
+    """
+
+    target: str
+    name: str
+    settings: Settings
+    optional: bool = False
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from sinkbench.measure.runs import measure_run
-    from sinkbench.report.table import comparison_table
+    """Measure, and print and write what was found.
 
-    console = Console(stderr=True)
-    # The bar is gone when an error prints its one line, and is never written to a file.
-    hidden = not console.is_terminal
-    targets = track(arguments.target, "measuring", console=console, transient=True, disable=hidden)
-    results = [
-        measure_run(
-            target,
-            step=arguments.step,
-            length=arguments.length,
-            count=arguments.count,
-            metrics=arguments.metrics,
-            device=arguments.device,
+    Raises:
+        SinkbenchError: a target cannot be measured, or a file cannot be written.
+    """
+    lists = [read_model_list(recipe_files.find(t)) for t in arguments.target if t.endswith(LIST_SUFFIXES)]
+    jobs = list(_jobs(arguments, iter(lists)))
+    results: list[Result] = []
+    skipped: list[tuple[str, str]] = []
+    with _bars(len(jobs)) as bars:
+        for job in jobs:
+            try:
+                results += bars.measure(job, Finished(arguments.cache, again=arguments.again))
+            except SinkbenchError as error:
+                if not job.optional:
+                    raise
+                skipped.append((job.name, f"{error.problem}; {error.remedy}"))
+    _write(arguments, results)
+    _print(results, lists, skipped)
+
+
+def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator[Job]:
+    from sinkbench.measure.targets import checkpoint_steps
+
+    common = Settings(
+        prompts=arguments.prompts,
+        length=arguments.length,
+        count=arguments.count,
+        seed=arguments.seed,
+        bos=arguments.bos,
+        metrics=tuple(arguments.metrics),
+        step=None if arguments.step == "all" else arguments.step,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        batch_size=arguments.batch_size,
+        attention=arguments.attention,
+        allow_pickle=arguments.allow_pickle,
+        allow_code=arguments.allow_code,
+    )
+    inputs = tuple(dict.fromkeys(arguments.inputs or ("natural",)))
+    for target in arguments.target:
+        settings = replace(common, inputs=inputs)
+        if target.endswith(LIST_SUFFIXES):
+            models = next(lists)
+            settings = replace(
+                settings,
+                inputs=inputs if arguments.inputs else models.inputs,
+                length=arguments.length or models.length,
+                count=arguments.count or models.count,
+            )
+            for model in models.models:
+                yield Job(target=model.target, name=model.name, settings=settings, optional=True)
+        elif arguments.step == "all":
+            for number in checkpoint_steps(target):
+                yield Job(target=target, name=target, settings=replace(settings, step=number))
+        else:
+            yield Job(target=target, name=target, settings=settings)
+
+
+class _Bars:
+    """A bar over the targets and one over the sequences of the current one."""
+
+    def __init__(self, progress: Progress, targets: int) -> None:
+        self.progress = progress
+        self.targets = progress.add_task("measuring", total=targets)
+        self.sequences = progress.add_task("", total=None, visible=False)
+
+    def measure(self, job: Job, kept: Finished) -> list[Result]:
+        from sinkbench.measure.targets import measure_target
+
+        self.progress.update(self.targets, description=job.name)
+        results = []
+        for result in measure_target(job.target, job.settings, kept, self._advance):
+            results.append(result.model_copy(update={"target": job.name}))
+        self.progress.update(self.targets, advance=1)
+        self.progress.update(self.sequences, visible=False)
+        return results
+
+    def _advance(self, done: int, total: int) -> None:
+        self.progress.update(
+            self.sequences, completed=done, total=total, description="  sequences", visible=True
         )
-        for target in targets
-    ]
+
+
+@contextmanager
+def _bars(targets: int) -> Iterator[_Bars]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield _Bars(progress, targets)
+
+
+def _write(arguments: argparse.Namespace, results: Sequence[Result]) -> None:
     if arguments.json:
-        write(arguments.json, Results(results=results))
-    Console().print(comparison_table([_row(result) for result in results]))
+        write(arguments.json, Results(results=list(results)))
+    if arguments.csv:
+        from sinkbench.measure.tidy import to_csv
+
+        write_atomically(arguments.csv, to_csv(results))
+    if arguments.report:
+        from sinkbench.report.measurements import measurements_page
+
+        write_atomically(arguments.report, measurements_page(results, " ".join(sys.argv[1:])))
 
 
-def _row(result: Result) -> dict[str, object]:
-    return {"label": result.target, **result.metrics}
+def _print(results: Sequence[Result], lists: Sequence[ModelList], skipped: Sequence[tuple[str, str]]) -> None:
+    from sinkbench.report.table import measurement_table
+
+    published = {model.name: dict(model.published) for models in lists for model in models.models}
+    console = Console()
+    if results:
+        console.print(measurement_table(results, published))
+    for models in lists:
+        console.print(f"published: {models.source}", markup=False, highlight=False)
+    for name, reason in skipped:
+        console.print(f"skipped {name}: {reason}", markup=False, highlight=False)

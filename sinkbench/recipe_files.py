@@ -78,8 +78,10 @@ def recipe_roots() -> dict[str, Path]:
 
 
 def list_recipes(root: Path) -> list[str]:
-    """Paths below a folder of the recipes that can be run; those in ``_folders`` are for extending."""
+    """Paths below a folder of the recipes that can be run; those in ``_folders`` are for extending, and
+    ``measure`` holds lists of models for ``sinkbench measure``."""
     files = (path.relative_to(root) for path in root.rglob("*") if path.suffix in _SUFFIXES)
+    files = (f for f in files if f.parts[0] != "measure")
     return sorted(f.as_posix() for f in files if not any(part.startswith(("_", ".")) for part in f.parts))
 
 

@@ -58,6 +58,12 @@ class Place:
         files = sorted(self.folder.glob("*.safetensors"))
         return files or sorted(p for p in self.folder.iterdir() if p.suffix in PICKLED)
 
+    @property
+    def files(self) -> list[Path]:
+        """The weights, and the configuration if it is a file of its own."""
+        config = self.folder / "config.json"
+        return self.weights + ([config] if self.gguf is None and config.exists() else [])
+
 
 @dataclass(frozen=True, kw_only=True)
 class OpenModel:
@@ -166,7 +172,7 @@ def find_place(target: str, trust: Trust) -> Place:
 
 def _fetch(name: str, trust: Trust) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     patterns = [*TEXT_FILES, "*.safetensors"]
     patterns += [f"*{suffix}" for suffix in PICKLED] if trust.pickle else []
@@ -177,6 +183,9 @@ def _fetch(name: str, trust: Trust) -> Path:
         raise HostError(name, "the hub asks for consent first", "accept its terms and log in") from None
     except RepositoryNotFoundError:
         raise HostError(name, "there is no such folder, nor such a model on the hub", "correct it") from None
+    except LocalEntryNotFoundError:
+        problem = "the hub cannot be reached, and the model is not in its cache here"
+        raise HostError(name, problem, "go online, or give the folder of a model") from None
     except Exception as error:
         # whatever the network did: the kinds differ by version of the hub's client
         problem = f"cannot be had from the hub ({_first_line(error)})"

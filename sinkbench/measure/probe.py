@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy.typing as npt
 import torch
 
-from sinkbench.api import Batch, DataTransform, Metric
+from sinkbench.api import Batch, BuildContext, DataTransform, Metric
+from sinkbench.errors import PluginError
 from sinkbench.measure.capture import Recorder
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
+    from sinkbench.plugins import Chosen
 
 MAX_BATCH = 64
 """Probe sequences per forward pass: bounds the memory of one layer's attention weights."""
@@ -25,6 +27,21 @@ class Model(Protocol):
     layout: Layout
 
     def forward(self, micro_batches: Sequence[Batch]) -> None: ...
+
+
+def build_metrics(chosen: Sequence[Chosen], context: BuildContext) -> dict[str, Metric]:
+    """The metrics of a run by name.
+
+    Raises:
+        PluginError: one needs forward passes of its own.
+    """
+    built: dict[str, Any] = {c.plugin.name: c.plugin.build(c.params, context) for c in chosen}
+    for one in chosen:
+        if not hasattr(built[one.plugin.name], "observe"):
+            problem = "needs forward passes of its own, which a run does not make"
+            remedy = "drop it, or export the run and measure the exported model"
+            raise PluginError(f"{one.path}: metric {one.plugin.name}", problem, remedy)
+    return built
 
 
 class Probe:

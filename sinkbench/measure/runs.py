@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import numpy as np
 
 from sinkbench import plugins, recipe
 from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore, open_checkpoint
-from sinkbench.config import Config, ParallelConfig
-from sinkbench.data.source import open_source
-from sinkbench.errors import CheckpointError
-from sinkbench.measure.probe import Probe
+from sinkbench.config import Config, MeasureConfig, ParallelConfig
+from sinkbench.data.source import Arrays, SequenceSource, open_source
+from sinkbench.errors import CheckpointError, DataError
+from sinkbench.measure.inputs import Inputs, random_tokens, repeated_tokens
+from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.measure.results import Result
+from sinkbench.measure.settings import Settings
 from sinkbench.model import build_stages, declare
 
 
@@ -37,30 +39,22 @@ def find_checkpoint(target: Path, step: int | None) -> Checkpoint:
     return latest
 
 
-def measure_run(
-    target: str,
-    *,
-    step: int | None,
-    length: int | None,
-    count: int | None,
-    metrics: Sequence[str],
-    device: str,
-) -> Result:
-    """Runs metrics on a checkpoint, on held-out sequences of the run's own data.
+def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: Settings) -> Result:
+    """Runs metrics on a checkpoint.
 
     Args:
-        target: a run's folder or a checkpoint's.
-        step: of the checkpoint; default: the last.
-        length: tokens of a probe sequence; default: the recipe's measure.length.
-        count: probe sequences; default: the recipe's measure.count.
-        metrics: names of metric plugins; default: the recipe's measure.metrics.
-        device: "auto", "cpu" or "cuda".
+        target: a run's folder or a checkpoint's, as the user wrote it.
+        inputs: natural takes held-out sequences of the run's own data.
+        settings: what they leave open is as in the recipe.
 
     Raises:
         CheckpointError, RecipeError, PluginError, DataError: as the parts say.
     """
-    checkpoint = find_checkpoint(Path(target), step)
-    config = _for_one_process(checkpoint.recipe, length, count, metrics, device)
+    if settings.bos or settings.prompts is not None:
+        option = "--bos" if settings.bos else "--prompts"
+        remedy = "leave it out: a run is measured on its own held-out data"
+        raise DataError(f"{target}: {option}", "is for models with a tokenizer", remedy)
+    config = _for_one_process(checkpoint.recipe, settings)
     resolved = plugins.resolve(config, plugins.discover())
     source = open_source(config)
     declared = declare(config, resolved, source.vocab_size)
@@ -72,29 +66,35 @@ def measure_run(
 
         networks = build_stages(config, declared, layout)
         state.load_weights(networks, checkpoint.folder)
-        built: dict[str, Any] = {
-            c.plugin.name: c.plugin.build(c.params, declared.context) for c in resolved.metrics
-        }
-        sequences = source.probe(config.measure.count, config.measure.length)
-        probe = Probe(built, sequences, SingleModel(networks, layout), declared.transforms)
+        metrics = build_metrics(resolved.metrics, declared.context)
+        sequences = _sequences(source, inputs, config.measure, settings.seed)
+        probe = Probe(metrics, sequences, SingleModel(networks, layout), declared.transforms)
         measured = probe.run()
     return Result(
         target=target,
-        inputs="natural",
+        inputs=inputs,
         length=config.measure.length,
         count=config.measure.count,
         bos=False,
+        step=checkpoint.step,
+        seed=settings.seed,
         metrics=measured,
     )
 
 
-def _for_one_process(
-    path: Path, length: int | None, count: int | None, metrics: Sequence[str], device: str
-) -> Config:
+def _sequences(source: SequenceSource, inputs: Inputs, measure: MeasureConfig, seed: int) -> Arrays:
+    if inputs == "natural":
+        return source.probe(measure.count, measure.length)
+    draw = random_tokens if inputs == "random" else repeated_tokens
+    usable = np.arange(source.vocab_size)
+    return {"tokens": draw(usable, length=measure.length, count=measure.count, seed=seed)}
+
+
+def _for_one_process(path: Path, settings: Settings) -> Config:
     overrides = ["measure.every=1"]
-    overrides += [f"measure.length={length}"] if length is not None else []
-    overrides += [f"measure.count={count}"] if count is not None else []
-    overrides += [f"measure.metrics=[{', '.join(metrics)}]"] if metrics else []
+    overrides += [f"measure.length={settings.length}"] if settings.length is not None else []
+    overrides += [f"measure.count={settings.count}"] if settings.count is not None else []
+    overrides += [f"measure.metrics=[{', '.join(settings.metrics)}]"] if settings.metrics else []
     config = recipe.to_config(recipe.load(path, overrides))
-    train = config.train.model_copy(update={"device": device, "recompute": "none"})
+    train = config.train.model_copy(update={"device": settings.device, "recompute": "none"})
     return config.model_copy(update={"parallel": ParallelConfig(), "train": train})

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from sinkbench.errors import HostError
 from sinkbench.measure.inputs import Inputs
+
+if TYPE_CHECKING:
+    import torch
 
 STREAMING_LENGTH = 512
 """Sequences longer than this are measured without ever holding a layer's whole attention weights."""
@@ -76,6 +77,8 @@ class Settings:
         Raises:
             HostError: there is no such device.
         """
+        import torch
+
         if self.device == "cuda" and not torch.cuda.is_available():
             raise HostError("--device", "there is no CUDA device", "give --device cpu")
         if self.device == "auto":

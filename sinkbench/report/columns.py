@@ -41,6 +41,30 @@ ATTENTION_TO_FIRST = (
     Column("first_token_attention_trigger", "to first token from triggers", _fixed(3)),
     Column("first_token_attention_nontrigger", "to first token from others", _fixed(3)),
 )
+MODEL = Column("label", "model", numeric=False)
+INPUTS = Column("inputs", "inputs", numeric=False)
+PUBLISHED = Column("published", "published Sink_1 %", _fixed(2))
+SLOT = Column("sink_slot", "Sink_* %", _fixed(1))
+IMPORTANCE = Column("importance_1_raw", "importance of token 1", _fixed(3))
+WITHOUT_ATTENTION = Column("layers_without_attention", "layers without attention")
+FURTHER = (
+    Column("massive_activations", "massive activations %", _fixed(1)),
+    Column("massive_activation_top", "largest activation", _fixed(0)),
+    Column("kurtosis", "kurtosis", _fixed(1)),
+    Column("max_infinity_norm", "max inf. norm", _fixed(1)),
+    Column("qk_cosine_first", "cosine to first key", _fixed(3)),
+    Column("qk_cosine_rest", "cosine to others", _fixed(3)),
+    Column("qk_norm_ratio", "QK norm ratio", _fixed(2)),
+    Column("head_output_norm", "head output norm", _fixed(3)),
+    Column("perplexity_full", "perplexity", _fixed(2)),
+    Column("perplexity_window", "perplexity, window", _fixed(2)),
+    Column("perplexity_streaming", "perplexity, first tokens kept", _fixed(2)),
+    Column("loss_full", "loss", _fixed(3)),
+    Column("loss_change_without_sink", "loss change without sink", _fixed(3)),
+    Column("perplexity_exact", "perplexity, exact", _fixed(2)),
+    Column("perplexity_change_w8a8", "perplexity change, W8A8", _fixed(2)),
+)
+"""Of metrics that are asked for by name."""
 VALUE_DRAIN = Column("value_drain", "value drain", _fixed(3))
 ROW_SUM = Column("row_sum", "row sum", _fixed(3))
 ACTIVATION_RATIO = Column("activation_ratio", "activation ratio", _fixed(2))

@@ -64,24 +64,35 @@ def page(runs: Sequence[Run]) -> str:
         _differences(runs),
         _environment(runs),
     )
-    css = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     names = ", ".join(run.label for run in runs[:3]) + (" and others" if len(runs) > 3 else "")
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    written_at = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+    made = f"{count}, written {datetime.now(UTC):%Y-%m-%d %H:%M} UTC by sinkbench {__version__}"
+    return document("Attention sink report", made, "".join(sections), title=f"sinkbench report: {names}")
+
+
+def document(heading: str, made: str, body: str, *, title: str | None = None) -> str:
+    """A whole HTML page.
+
+    Args:
+        made: how and when, in one line under the heading.
+        body: sections, as HTML.
+        title: of the window; default: the heading.
+    """
+    css = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
     return f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
-<title>sinkbench report: {escape(names)}</title>
+<title>{escape(title or heading)}</title>
 <style>
 {css}</style>
 </head>
 <body>
-<h1>Attention sink report</h1>
-<p>{count}, written {written_at} by sinkbench {escape(__version__)}</p>
-{"".join(sections)}</body>
+<h1>{escape(heading)}</h1>
+<p>{escape(made)}</p>
+{body}</body>
 </html>
 """
 

@@ -1,0 +1,105 @@
+"""What a target of ``sinkbench measure`` is, and its measurement, one model in memory at a time."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore
+from sinkbench.errors import DataError
+from sinkbench.measure import finished
+from sinkbench.measure.finished import Finished
+from sinkbench.measure.inputs import Inputs
+from sinkbench.measure.results import Result
+from sinkbench.measure.settings import Settings
+
+Advance = Callable[[int, int], None]
+"""Called with sequences done and sequences in all."""
+
+
+def is_run(target: str) -> bool:
+    """Whether a target is a run of ours or one of its checkpoints, rather than a model of others."""
+    folder = Path(target).expanduser()
+    if (folder / "config.json").exists():
+        return False
+    return any(
+        (folder / name).exists() for name in (INFO, "recipe.yaml", "checkpoints")
+    ) or folder.name.startswith("step_")
+
+
+def checkpoint_steps(target: str) -> list[int]:
+    """The steps of a run's checkpoints, oldest first.
+
+    Raises:
+        DataError: the target is not a run with checkpoints.
+    """
+    steps = CheckpointStore(Path(target).expanduser() / "checkpoints").steps()
+    if not steps:
+        raise DataError(target, "is no run with checkpoints", "leave out --step all")
+    return steps
+
+
+def measure_target(target: str, settings: Settings, kept: Finished, advance: Advance) -> Iterator[Result]:
+    """The results of a target, one for each kind of inputs. Each is kept once it is there.
+
+    Raises:
+        SinkbenchError: the target cannot be measured.
+    """
+    if settings.prompts is not None and settings.inputs != ("natural",):
+        raise DataError("--prompts", "is natural text", "measure --inputs natural with it")
+    yield from (_run if is_run(target) else _open)(target, settings, kept, advance)
+
+
+def _run(target: str, settings: Settings, kept: Finished, advance: Advance) -> Iterator[Result]:
+    from sinkbench.measure.runs import find_checkpoint, measure_run
+
+    checkpoint = find_checkpoint(Path(target).expanduser(), settings.step)
+    for kind in settings.inputs:
+        name = _key(_files(checkpoint), kind, settings)
+        result = kept.get(name)
+        if result is None:
+            result = measure_run(target, checkpoint, kind, settings)
+            kept.put(name, result)
+        advance(result.count, result.count)
+        yield result.model_copy(update={"target": target})
+
+
+def _files(checkpoint: Checkpoint) -> list[Path]:
+    return [checkpoint.folder / INFO, checkpoint.recipe]
+
+
+def _open(target: str, settings: Settings, kept: Finished, advance: Advance) -> Iterator[Result]:
+    from sinkbench.measure.hf_load import Trust, find_place, require_packages
+
+    require_packages("transformers")
+    if settings.step is not None:
+        raise DataError(f"{target}: --step", "is of a run's checkpoint", "leave it out")
+    trust = Trust(pickle=settings.allow_pickle, code=settings.allow_code)
+    place = find_place(target, trust)
+    names = {kind: _key(place.files, kind, settings) for kind in settings.inputs}
+    known = {kind: kept.get(name) for kind, name in names.items()}
+    missing = [kind for kind, result in known.items() if result is None]
+    fresh: Iterator[Result] = iter(())
+    if missing:
+        from sinkbench.measure.hf import measure_open_model
+        from sinkbench.measure.hf_load import open_model
+
+        opened = open_model(place, device=settings.torch_device(), dtype=settings.dtype, trust=trust)
+        fresh = measure_open_model(opened, missing, settings, advance)
+    for kind, result in known.items():
+        if result is None:
+            result = next(fresh)
+            kept.put(names[kind], result)
+        advance(result.count, result.count)
+        yield result.model_copy(update={"target": target})
+
+
+def _key(files: list[Path], kind: Inputs, settings: Settings) -> str:
+    """Where a result is kept: it depends on everything but how fast it was made."""
+    natural = kind == "natural"
+    chosen = replace(settings, inputs=(kind,), batch_size=None, allow_pickle=False, allow_code=False)
+    if natural and settings.prompts is not None and settings.prompts.is_file():
+        files = [*files, settings.prompts]
+    return finished.key(files, python=platform.python_version() if natural else "", **asdict(chosen))
