@@ -1,0 +1,10 @@
+"""Converts a checkpoint to a Hugging Face model: ``python tools/convert_to_hf.py CHECKPOINT OUT``."""
+
+from __future__ import annotations
+
+import sys
+
+from sinkbench.export.to_hf import main
+
+if __name__ == "__main__":
+    sys.exit(main())
