@@ -193,6 +193,8 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
                 bias=config.add_bias_linear,
                 **linear,
             )
+        on_card = self.linear_qkv.weight.is_cuda
+        self.rotate = torch.compile(reference.rotate) if on_card else reference.rotate
         self.recompute_core = (
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
@@ -207,7 +209,7 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         query, key, value = self._split(mixed)
         if rotary is not None:
             cos, sin = rotary[:, :, None, None]
-            query, key = reference.rotate(query, cos, sin), reference.rotate(key, cos, sin)
+            query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         if self.recompute_core and self.training:
             heads: Tensor = tensor_parallel.checkpoint(self.core, False, query, key, value)
         else:

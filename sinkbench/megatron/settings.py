@@ -52,7 +52,10 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         add_qkv_bias=model.linear_bias != "none",
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=False,
+        # Compiled at first use: worth it on a card alone.
+        cross_entropy_loss_fusion=device.type == "cuda",
+        cross_entropy_fusion_impl="native",
+        bias_activation_fusion=device.type == "cuda" and model.ffn == "swiglu",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
