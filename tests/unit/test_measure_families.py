@@ -1,0 +1,278 @@
+"""Open models of every family against float64 computed from what transformers itself returns."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from sinkbench.errors import DataError, PluginError
+from sinkbench.measure.inputs import random_tokens
+from sinkbench.measure.settings import Settings
+from tests.unit.open_models import (
+    FALCON_ALIBI,
+    FAMILIES,
+    HYBRID,
+    LAYERS,
+    ONE_KEY_HEAD,
+    SIZES,
+    VOCABULARY,
+    opened,
+    tiny_model,
+)
+
+pytest.importorskip("transformers")
+
+from sinkbench.measure.hf import measure_open_model
+
+LENGTH, COUNT = 12, 3
+METRICS = (
+    "{name: sink, k: [1, 2], total: [3]}",
+    "norms",
+    "{name: massive_activations, absolute: 1.0, relative: 4.0}",
+    "outliers",
+    "head_output",
+)
+ALL = {**FAMILIES, "llama/one kv head": ONE_KEY_HEAD}
+
+
+def settings(**changes: Any) -> Settings:
+    return Settings(**{"length": LENGTH, "count": COUNT, "metrics": METRICS, **changes})
+
+
+def measured(model: Any, **changes: Any) -> dict[str, Any]:
+    chosen = settings(**changes)
+    (result,) = measure_open_model(opened(model), ["random"], chosen, lambda done, total: None)
+    return result.metrics
+
+
+def probe_tokens(model: Any) -> torch.Tensor:
+    usable = opened(model).usable_tokens()
+    return torch.as_tensor(random_tokens(usable, length=LENGTH, count=COUNT, seed=0))
+
+
+class Truth:
+    """What transformers returns of a model in float64: A [l, b, h, q, k], the residual stream after each
+    layer [l, b, s, n], keys and values [l, b, g, s, d]."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers import DynamicCache
+
+        model = copy.deepcopy(model).double()
+        model.set_experts_implementation("eager")  # the default has no float64
+        last: list[torch.Tensor] = []
+        modules = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == LAYERS]
+        handle = modules[0][-1].register_forward_hook(
+            lambda _, args, output: last.append(output[0] if isinstance(output, tuple) else output)
+        )
+        cache = DynamicCache()
+        with torch.no_grad():
+            returned = model(
+                probe_tokens(model),
+                past_key_values=cache,
+                output_attentions=True,
+                output_hidden_states=True,
+            )
+        handle.remove()
+        self.weights = torch.stack(returned.attentions).numpy()
+        self.hidden = torch.stack([*returned.hidden_states[1:-1], last[0]]).numpy()
+        keys, values = ([getattr(layer, name) for layer in cache.layers] for name in ("keys", "values"))
+        # Falcon's cache repeats keys and values for every head
+        copies = keys[0].shape[1] // getattr(model.config, "num_kv_heads", keys[0].shape[1])
+        self.key = torch.stack(keys)[:, :, ::copies].numpy()
+        self.value = torch.stack(values)[:, :, ::copies].numpy()
+
+    def alpha(self, proxy: bool, slot: bool) -> np.ndarray:
+        """[l, b, h, k]"""
+        weights = self.weights
+        if proxy and not slot:
+            weights = weights / (weights.sum(-1, keepdims=True) + 1e-8)
+        return weights.sum(-2) / np.arange(LENGTH, 0, -1)
+
+
+def check_sink(found: dict[str, Any], truth: Truth, eps: float, slot: bool) -> None:
+    for kind in ("raw", "proxy"):
+        alpha = truth.alpha(kind == "proxy", slot)
+        np.testing.assert_allclose(found[f"importance_{kind}"], alpha.mean(1), atol=2e-6)
+        for k in (1, 2):
+            expected = 100 * (alpha[..., k - 1] > eps).mean()
+            assert found[f"sink_{k}_{kind}"] == pytest.approx(expected, abs=1e-4)
+        total = 100 * (alpha[..., :3] > eps).sum(-1).mean()
+        assert found[f"sink_total_3_{kind}"] == pytest.approx(total, abs=1e-4)
+    assert ("sink_slot" in found) is slot
+    rest = 1 - truth.weights.sum(-1)
+    if slot:
+        np.testing.assert_allclose(found["importance_slot_heads"], rest.mean(-1).mean(1), atol=2e-6)
+        assert found["sink_slot"] == pytest.approx(100 * (rest.mean(-1) > eps).mean(), abs=1e-4)
+    assert found["row_sum"] == pytest.approx(1, abs=1e-6)
+
+
+def check_norms(found: dict[str, Any], truth: Truth) -> None:
+    for name, vectors in (("hidden", truth.hidden), ("key", truth.key), ("value", truth.value)):
+        norm = np.sqrt((vectors**2).sum(-1))
+        np.testing.assert_allclose(found[f"{name}_norm_tokens"], norm.mean(1), rtol=1e-5)
+        np.testing.assert_allclose(found[f"{name}_norm_rest"], norm[..., 1:].mean(-1).mean(1), rtol=1e-5)
+    ratio = norm[..., 0] / norm[..., 1:].mean(-1)
+    assert found["value_drain"] == pytest.approx(ratio.mean(), rel=1e-5)
+
+
+def check_activations(found: dict[str, Any], truth: Truth) -> None:
+    size = np.abs(truth.hidden)
+    median = np.median(size.reshape(*size.shape[:2], -1), axis=-1)
+    massive = (size > 1.0) & (size >= 4.0 * median[..., None, None])
+    dimensions = [sorted({int(n) for n in np.nonzero(layer)[2]}) for layer in massive]
+    assert found["massive_dimensions"] == dimensions
+    positions = [sorted({int(s) + 1 for s in np.nonzero(layer)[1]}) for layer in massive]
+    assert found["massive_positions"] == positions
+    assert found["massive_activations"] == pytest.approx(100 * massive.any((2, 3)).mean())
+    flat = truth.hidden.reshape(*size.shape[:2], -1)
+    centred = flat - flat.mean(-1, keepdims=True)
+    kurtosis = (centred**4).mean(-1) / (flat.std(-1, ddof=1) ** 4 + 1e-6)
+    assert found["kurtosis"] == pytest.approx(kurtosis.mean(), rel=1e-4)
+    assert found["max_infinity_norm"] == pytest.approx(np.abs(flat).max(-1).mean(1).max(), rel=1e-5)
+
+
+def check_head_output(found: dict[str, Any], truth: Truth) -> None:
+    heads = truth.weights.shape[2]
+    value = truth.value.repeat(heads // truth.value.shape[2], axis=2)
+    norm = np.sqrt(((truth.weights @ value) ** 2).sum(-1))
+    assert found["head_output_norm"] == pytest.approx(norm.mean(), rel=1e-5)
+    np.testing.assert_allclose(found["head_output_norm_first_heads"], norm[..., 0].mean(1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", list(ALL))
+def test_metrics_equal_those_of_what_transformers_returns(family: str) -> None:
+    model = tiny_model(family.split("/")[0], ALL[family])
+    truth = Truth(model)
+    eps = float(np.median(truth.alpha(proxy=False, slot=False)[..., 0]))
+    sink = f"{{name: sink, k: [1, 2], eps: [{eps}], total: [3]}}"
+    found = measured(model, metrics=(sink, *METRICS[1:]))
+    check_sink(found, truth, eps, slot=family == "gpt_oss")
+    check_norms(found, truth)
+    check_activations(found, truth)
+    check_head_output(found, truth)
+    assert 0 < found["sink_1_raw"] < 100, "the case must tell heads with a sink from those without"
+
+
+def numbers(value: Any) -> list[float]:
+    return [n for item in value for n in numbers(item)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("family", [*ALL, "falcon/alibi"])
+def test_streaming_equals_whole_and_batches_do_not_matter(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = FALCON_ALIBI if family == "falcon/alibi" else ALL[family]
+    model = tiny_model(family.split("/")[0], sizes)
+    metrics = (*METRICS, "qk_split", "sink_cut", "{name: streaming_perplexity, cache: 6, first: 2}")
+    whole = measured(model, metrics=metrics, attention="whole", batch_size=3)
+    for module in ("sinkbench.api", "sinkbench.measure.hf_attention"):
+        monkeypatch.setattr(f"{module}.BLOCK_ELEMENTS", 5 * LENGTH * 4)  # blocks of a few queries
+    streamed = measured(model, metrics=metrics, attention="streaming", batch_size=2)
+    assert whole.keys() == streamed.keys()
+    for name, value in whole.items():
+        assert numbers(streamed[name]) == pytest.approx(numbers(value), rel=1e-5, abs=1e-5), name
+
+
+def test_alibi_of_falcon_is_added_once() -> None:
+    """As transformers' sdpa attention does; its eager attention adds it twice."""
+    from sinkbench.measure.hf_forwards import OpenForwards
+
+    model, fused = (tiny_model("falcon", FALCON_ALIBI, attention) for attention in ("eager", "sdpa"))
+    tokens = probe_tokens(model)
+    losses = OpenForwards(model, tokens, batch_size=8, streaming=False).losses()
+    with torch.no_grad():
+        logits = fused(tokens).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_oss"])
+def test_restricted_attention_equals_a_mask_given_to_transformers(family: str) -> None:
+    from sinkbench.measure.hf_forwards import OpenForwards
+
+    model = tiny_model(family, {**FAMILIES[family], "sliding_window": LENGTH})
+    tokens = probe_tokens(model)
+    distance = torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)[None, :]
+    allowed = (distance >= 0) & ((distance < 3) | (torch.arange(LENGTH) < 2)[None, :])
+    mask = torch.zeros(COUNT, 1, LENGTH, LENGTH).masked_fill(~allowed, torch.finfo(torch.float32).min)
+    kinds = {"full_attention": mask, "sliding_attention": mask}
+    with torch.no_grad():
+        logits = model(tokens, attention_mask=kinds if family in ("gemma2", "gpt_oss") else mask).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none"
+    )
+    for streaming in (False, True):
+        forwards = OpenForwards(model, tokens, batch_size=2, streaming=streaming)
+        found = forwards.losses(visible=lambda query, key: (query - key < 3) | (key < 2))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_maps_are_changed_and_restored() -> None:
+    from sinkbench.measure.hf_forwards import OpenForwards
+
+    model = tiny_model("llama", FAMILIES["llama"])
+    tokens = probe_tokens(model)
+    forwards = OpenForwards(model, tokens, batch_size=8, streaming=False)
+    before = forwards.losses()
+    halved = forwards.losses(linear_weight=lambda w: w / 2, linear_input=lambda x: x * 2)
+    torch.testing.assert_close(halved, before, rtol=1e-4, atol=1e-5)
+    other = copy.deepcopy(model)
+    for name, module in other.model.layers.named_modules():
+        if name.endswith("_proj"):
+            module.weight.data.mul_(0.5)
+    expected = OpenForwards(other, tokens, batch_size=8, streaming=False).losses()
+    torch.testing.assert_close(forwards.losses(linear_weight=lambda w: w / 2), expected)
+    torch.testing.assert_close(forwards.losses(), before)
+
+
+def test_experts_in_one_tensor_cannot_be_quantised() -> None:
+    with pytest.raises(DataError, match="holds experts in one tensor"):
+        measured(tiny_model("mixtral", FAMILIES["mixtral"]), metrics=("w8a8",))
+
+
+def test_layers_without_attention_are_left_out_and_counted() -> None:
+    model = tiny_model("lfm2", HYBRID)
+    (result,) = measure_open_model(opened(model), ["random"], settings(), lambda done, total: None)
+    assert result.layers_without_attention == 2
+    with torch.no_grad():
+        attentions = model(probe_tokens(model), output_attentions=True, use_cache=False).attentions
+    alpha = [a for a in attentions if a is not None][-1].sum(-2) / torch.arange(LENGTH, 0, -1)
+    np.testing.assert_allclose(result.metrics["importance_raw"], alpha.mean(0)[None], atol=2e-6)
+
+
+def test_models_that_cannot_be_measured_say_so() -> None:
+    mamba = tiny_model("mamba", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2})
+    mamba.config.num_attention_heads = 1
+    with pytest.raises(DataError, match="no attention was found in its layers"):
+        measured(mamba)
+    bert = tiny_model("bert", SIZES)
+    with pytest.raises(DataError, match="not causal"):
+        measured(bert)
+    llama = tiny_model("llama", FAMILIES["llama"])
+    with pytest.raises(DataError, match="64 positions, fewer than 65; lower --length"):
+        measured(llama, length=65)
+    with pytest.raises(PluginError, match=r"did you mean sink\?"):
+        measured(llama, metrics=("sinks",))
+    with pytest.raises(PluginError, match=r"data\.source indexed has no trigger tokens"):
+        measured(llama, metrics=("trigger",))
+
+
+@pytest.mark.parametrize("attention", ["whole", "streaming"])
+def test_bos_is_the_first_token(attention: Literal["whole", "streaming"]) -> None:
+    model = tiny_model("llama", FAMILIES["llama"])
+    seen = []
+    handle = model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    (result,) = measure_open_model(
+        opened(model), ["repeat"], settings(bos=True, attention=attention), lambda done, total: None
+    )
+    handle.remove()
+    assert result.bos
+    assert result.length == LENGTH
+    assert (seen[0][:, 0] == 1).all()
+    assert (seen[0][:, 1:] == seen[0][:, 1:2]).all()
