@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import shutil
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from sinkbench.export.bundle import bundle, flat_name
 from sinkbench.export.family import LAYER
 from sinkbench.export.family_llama import layer_matrices
 from sinkbench.export.pieces import Heads, Piece, whole
-from sinkbench.export.stored import Stored
 from sinkbench.model import Declarations
 from sinkbench.plugins import Chosen, Resolved
 
@@ -143,30 +143,52 @@ def _plugin(chosen: Chosen) -> dict[str, Any]:
     return {"name": chosen.plugin.name, "params": chosen.params.model_dump(mode="json")}
 
 
-def pieces(config: Config, declared: Declarations, stored: Mapping[str, Stored]) -> list[Piece]:
-    """The model's tensors: those of every model by their usual names, and what plugins add as it is."""
+_PLACES = (
+    (f"{LAYER}attention.core.", "model.layers.{}.self_attn."),
+    (f"{LAYER}norms.", "model.layers.{}.norms."),
+    ("final_norm.", "model.norm."),
+    ("embedding.position_embeddings.", "model.embed_positions."),
+    ("embedding.sink_token", "model.sink_token"),
+)
+"""Beginnings of the names of what plugins make: stored, and in the model's files."""
+
+
+def pieces(config: Config, declared: Declarations, stored: Iterable[str]) -> list[Piece]:
+    """The model's tensors: those of every model by their usual names, and what plugins add as it is.
+
+    Args:
+        stored: names of the checkpoint's weights.
+    """
     model = config.model
     heads = Heads(model.num_attention_heads, model.kv_heads, model.head_dim)
     summed = declared.attention.combine == "sum"
-    found = [
-        whole("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
-        *layer_matrices(model.linear_bias, model.ffn, heads, summed=summed),
-    ]
-    if not model.tie_embeddings:
-        found.append(whole("output_layer.weight", "lm_head.weight"))
+    found = _every_model(model.tie_embeddings, layer_matrices(model.linear_bias, model.ffn, heads, summed))
     known = {piece.stored for piece in found}
-    return found + [whole(name, _name(name)) for name in stored if name not in known]
+    return found + [whole(name, _moved(name, _PLACES)) for name in stored if name not in known]
 
 
-def _name(stored: str) -> str:
-    """Of a tensor that a plugin made."""
-    for beginning, place in (
-        (f"{LAYER}attention.core.", "model.layers.{}.self_attn."),
-        (f"{LAYER}norms.", "model.layers.{}.norms."),
-        ("final_norm.", "model.norm."),
-        ("embedding.position_embeddings.", "model.embed_positions."),
-        ("embedding.sink_token", "model.sink_token"),
-    ):
-        if stored.startswith(beginning):
-            return place + stored.removeprefix(beginning)
-    raise AssertionError(f"{stored} has no place in the template")
+def pieces_of(config: Mapping[str, Any], names: Iterable[str]) -> list[Piece]:
+    """The same from config.json and the names in the model's files."""
+    heads = Heads(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"])
+    patterns = {re.sub(r"^model\.layers\.\d+\.", "model.layers.{}.", name): None for name in names}
+    usual = layer_matrices(config["linear_bias"], config["ffn"], heads)
+    found = [
+        piece
+        for piece in _every_model(config["tie_word_embeddings"], usual)
+        if all(name in patterns for name in piece.names)
+    ]
+    known = {name for piece in found for name in piece.names}
+    back = tuple((theirs, ours) for ours, theirs in _PLACES)
+    return found + [whole(_moved(name, back), name) for name in patterns if name not in known]
+
+
+def _every_model(tied: bool, matrices: list[Piece]) -> list[Piece]:
+    output = [] if tied else [whole("output_layer.weight", "lm_head.weight")]
+    return [whole("embedding.word_embeddings.weight", "model.embed_tokens.weight"), *matrices, *output]
+
+
+def _moved(name: str, places: Sequence[tuple[str, str]]) -> str:
+    for beginning, place in places:
+        if name.startswith(beginning):
+            return place + name.removeprefix(beginning)
+    raise AssertionError(f"{name} has no place in the template")

@@ -1,0 +1,266 @@
+"""A Hugging Face model to a checkpoint that training starts from, with a recipe that describes it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinkbench import plugins, recipe
+from sinkbench.checkpoint import FORMAT, INFO, RECIPE
+from sinkbench.command import Parser, run_command
+from sinkbench.config import Config, padded_vocab_size
+from sinkbench.data.tokenizer import load_tokenizer
+from sinkbench.errors import CheckpointError, SinkbenchError
+from sinkbench.export import template
+from sinkbench.export.architecture import Architecture
+from sinkbench.export.families import FAMILIES
+from sinkbench.export.family import Family
+from sinkbench.export.model_files import ModelFiles
+from sinkbench.export.pieces import Piece
+from sinkbench.export.to_hf import new_folder
+from sinkbench.export.written import Weight, write_weights
+
+TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def convert(
+    model: str,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    seq_length: int | None = None,
+    tokenizer: Path | None = None,
+) -> Config:
+    """Writes a checkpoint of weights, which any parallel layout reads, and its recipe.
+
+    Args:
+        model: a folder of save_pretrained, or a name on the Hugging Face hub.
+        out: absent or empty; on an error nothing is left there.
+        dtype: "fp32" or "bf16"; default: bf16 for models in bf16, fp32 for others.
+        seq_length: of the recipe; default: the longest that the model knows.
+        tokenizer: its file or folder; default: that in the model's folder.
+
+    Returns:
+        The recipe, which is also in ``out``.
+
+    Raises:
+        CheckpointError: there is no model, or a file of it is damaged.
+        UnsupportedError: sinkbench cannot compute the model.
+        DataError: the tokenizer cannot be used.
+        HostError: ``out`` is not empty or cannot be written.
+    """
+    files = ModelFiles(_local(model))
+    with new_folder(out) as folder:
+        values, pieces, known = _describe(files, seq_length)
+        stored_dtype = DTYPES[dtype] if dtype else _dtype(files, known)
+        values["train"]["precision"] = "bf16" if stored_dtype is torch.bfloat16 else "fp32"
+        values["checkpoint"] = {**values.get("checkpoint", {}), "start_from": str(out.absolute())}
+        if "data" not in values:
+            values["data"] = _data(files, folder, out, tokenizer, values["model"]["vocab_size"])
+        config = recipe.to_config(recipe.Recipe(files.folder / "config.json", values, {}))
+        plugins.resolve(config, plugins.discover())
+        rows = padded_vocab_size(values["model"]["vocab_size"] or files.config["vocab_size"])
+        layers = config.model.num_layers
+        weights = [_weight(piece, files, known, layers, rows, stored_dtype) for piece in pieces]
+        write_weights(folder, weights)
+        _finish(folder, config)
+    return config
+
+
+def _local(model: str) -> Path:
+    """The model's folder; one from the hub is fetched into its cache."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        raise CheckpointError(model, "there is no such folder", "name a folder of save_pretrained")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    except ImportError as error:
+        remedy = "name a folder, or pip install 'sinkbench[hf]'"
+        raise CheckpointError(model, "there is no such folder", remedy) from error
+    try:
+        return Path(snapshot_download(model))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        problem = f"there is no such folder, and the hub does not give it ({error})"
+        raise CheckpointError(model, problem, "name a folder of save_pretrained") from error
+
+
+def _describe(
+    files: ModelFiles, seq_length: int | None
+) -> tuple[dict[str, Any], list[Piece], dict[str, str]]:
+    """The recipe, how the tensors correspond, and where each lies in the files."""
+    kind = files.config.get("model_type")
+    if kind == template.MODEL_TYPE:
+        values = files.config["recipe"]
+        values["name"] = f"{values['name']}_from_hf"
+        values["model"]["vocab_size"] = values["model"]["vocab_size"] or files.config["vocab_size"]
+        pieces = template.pieces_of(files.config, files.names)
+        return values, pieces, {name: name for name in files.names}
+    family = next((family for family in FAMILIES if family.model_type == kind), None)
+    if family is None:
+        known = ", ".join(sorted(family.model_type for family in FAMILIES))
+        problem = f"model_type {kind} is none that sinkbench can compute"
+        raise CheckpointError(str(files.folder / "config.json"), problem, f"choose a model of {known}")
+    try:
+        architecture = family.read(files.config)
+    except KeyError as error:
+        problem = f"has no {error.args[0]}"
+        raise CheckpointError(str(files.folder / "config.json"), problem, "copy the model again") from None
+    pieces = family.pieces(architecture)
+    values = _recipe(architecture, files.folder.resolve().name, seq_length)
+    return values, pieces, _places(family, architecture, pieces, files)
+
+
+def _places(
+    family: Family, architecture: Architecture, pieces: list[Piece], files: ModelFiles
+) -> dict[str, str]:
+    """Our name of each tensor -> its name in the files.
+
+    Raises:
+        CheckpointError: a tensor is absent, or there is one that the family does not have.
+    """
+    there, places = set(files.names), {}
+    for piece in pieces:
+        for layer in range(architecture.num_layers) if _stacked(piece) else [None]:
+            for pattern in piece.names:
+                name = pattern.format(layer)
+                short = name.removeprefix(family.prefix)
+                places[name] = name if name in there or short not in there else short
+                if places[name] not in there:
+                    problem = f"has no {name}, which config.json calls for"
+                    raise CheckpointError(str(files.folder), problem, "copy the model again")
+    tied = {"lm_head.weight", "embed_out.weight"} if architecture.tie_embeddings else set()
+    more = [n for n in there - set(places.values()) - tied if not n.endswith(family.ignored or ("\0",))]
+    if more:
+        problem = f"has {min(more)} and {len(more) - 1} more tensors that a {family.model_type} has not"
+        raise CheckpointError(str(files.folder), problem, "name a plain causal language model")
+    return places
+
+
+def _recipe(a: Architecture, name: str, seq_length: int | None) -> dict[str, Any]:
+    """A recipe that goes on training the model gently."""
+    if seq_length is not None and a.learned_positions and seq_length != a.num_positions:
+        problem = f"the model has learned {a.num_positions} positions"
+        raise SinkbenchError("--seq-length", problem, "leave it out")
+    positional: Any = "learned" if a.learned_positions else "none"
+    if a.rotary is not None:
+        positional = {"name": "rope", "base": a.rotary.base, "fraction": a.rotary.fraction}
+    window = {"window": a.window} if a.window is not None else {}
+    model = {
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "num_attention_heads": a.num_heads,
+        "num_query_groups": a.num_kv_heads,
+        "head_size": a.head_size,
+        "ffn": a.ffn,
+        "ffn_hidden_size": a.ffn_hidden_size,
+        "linear_bias": a.linear_bias,
+        "parallel_residual": a.parallel_residual,
+        "seq_length": seq_length or a.num_positions,
+        "vocab_size": a.vocab_size,
+        "attention": {"name": "softmax", **window},
+        "normalization": {"name": a.norm, "eps": a.eps},
+        "positional": positional,
+        "tie_embeddings": a.tie_embeddings,
+    }
+    return {
+        "name": "".join(c if c.isalnum() or c in "._-" else "_" for c in name).lstrip("._-") or "model",
+        "model": model,
+        "optim": {"lr": 2e-5, "schedule": "cosine", "warmup_steps": 10, "weight_decay": 0.0},
+        "train": {"steps": 100, "global_batch_size": 8},
+    }
+
+
+def _data(files: ModelFiles, folder: Path, out: Path, given: Path | None, vocab_size: int) -> dict[str, Any]:
+    """Text of the running Python under the model's tokenizer, which is copied; tokens of a task where the
+    model has none."""
+    path = given if given is not None else _tokenizer_in(files.folder)
+    if path is None:
+        return {"source": "bigram_backcopy", "vocab_size": max(8, min(vocab_size, 65))}
+    copied = folder / "tokenizer"
+    copied.mkdir()
+    for file in load_tokenizer(path).files:
+        shutil.copyfile(file, copied / file.name)
+    tokenizer = {"path": str(out.absolute() / "tokenizer")}
+    return {"source": "indexed", "prepare": {"inputs": ["python:docs"], "tokenizer": tokenizer}}
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    names = ("tokenizer.json", "tokenizer.model")
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _dtype(files: ModelFiles, known: dict[str, str]) -> torch.dtype:
+    """bf16 where the weights are; else fp32, which holds fp16 exactly."""
+    some = files.read(next(iter(known.values())))
+    return torch.bfloat16 if some.dtype is torch.bfloat16 else torch.float32
+
+
+def _stacked(piece: Piece) -> bool:
+    return "{}" in piece.names[0]
+
+
+def _weight(
+    piece: Piece, files: ModelFiles, known: dict[str, str], layers: int, rows: int, dtype: torch.dtype
+) -> Weight:
+    read = partial(_read, piece, files, known, rows)
+    stacked = _stacked(piece)
+    shape = tuple(read(0 if stacked else None).shape)
+    return Weight(piece.stored, shape, dtype, layers if stacked else None, read)
+
+
+def _read(piece: Piece, files: ModelFiles, known: dict[str, str], rows: int, layer: int | None) -> Tensor:
+    tensor = piece.join([files.read(known[name.format(layer)]) for name in piece.names])
+    return _padded(tensor, rows) if piece.stored in TABLES else tensor
+
+
+def _padded(table: Tensor, rows: int) -> Tensor:
+    """Rows that fill the vocabulary up are the mean of the others: their logit is the mean logit, which by
+    Jensen's inequality lies below that of the average probability, so that they take next to none."""
+    missing = rows - len(table)
+    if missing <= 0:
+        return table
+    return torch.cat([table, table.float().mean(0).to(table.dtype).expand(missing, -1)])
+
+
+def _finish(folder: Path, config: Config) -> None:
+    """Writes the recipe, and last what makes the folder a checkpoint."""
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+    (folder / RECIPE).write_text(recipe.dump(config), encoding="utf-8")
+    info = {"format": FORMAT, "step": 0, "layout": {}, "files": sizes}
+    (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(prog="convert_from_hf.py", description=__doc__)
+    parser.add_argument("model", help="folder of a Hugging Face model, or its name on the hub")
+    parser.add_argument("out", type=Path, help="new folder for the checkpoint and its recipe")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 for bf16 models, else fp32")
+    parser.add_argument("--seq-length", type=int, help="of the recipe (default: the model's longest)")
+    parser.add_argument("--tokenizer", type=Path, help="file or folder (default: the model's)")
+    return run_command(lambda: _run(parser.parse_args(argv)))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    config = convert(
+        arguments.model,
+        arguments.out,
+        dtype=arguments.dtype,
+        seq_length=arguments.seq_length,
+        tokenizer=arguments.tokenizer,
+    )
+    data = config.data
+    source = data.source if data.source == "bigram_backcopy" else "the documentation of Python"
+    print(f"{arguments.out}: train it with `python -m sinkbench.pretrain {arguments.out}/recipe.yaml`;")
+    print(f"the recipe's data is {source}: set data.train to yours")
