@@ -117,7 +117,7 @@ def _written(location: Location, values: Any, missing: bool) -> list[int | str]:
 def _known_keys(key: str, word: str, section: Location, schema: type[BaseModel], also: Iterable[str]) -> str:
     """The remedy for an unknown key: a near one of its section, or of another."""
     here = {*_keys(_models_at(section, schema)), *also}
-    everywhere = set(_all_keys(schema, ""))
+    everywhere = set(all_keys(schema))
     # A key that exists under this path belongs to another member of a union.
     if key not in everywhere and not difflib.get_close_matches(word, here, n=1):
         elsewhere = {path.split(".")[-1]: path for path in sorted(everywhere)}
@@ -149,11 +149,12 @@ def _keys(models: Iterable[type[BaseModel]]) -> Iterator[str]:
     return (key for model in models for key, _ in _fields(model))
 
 
-def _all_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+def all_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a model may have, its sections among them."""
     for key, field in _fields(model):
         yield prefix + key
         for inner in _models_in(field.annotation):
-            yield from _all_keys(inner, f"{prefix}{key}.")
+            yield from all_keys(inner, f"{prefix}{key}.")
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -1,7 +1,7 @@
 """Recipes: YAML files that extend one another, overrides, and where every value came from.
 
-The order is defaults < extends from left to right < file < ``key.path=value``. Changing the name of a
-plugin, or the source of the data, replaces the whole block, since its parameters belong to it.
+The order is defaults < extends from left to right < file < ``extends+=RECIPE`` < ``key.path=value``. Changing
+the name of a plugin, or the source of the data, replaces the whole block, since its parameters belong to it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from sinkbench import recipe_yaml
+from sinkbench import recipe_scale, recipe_yaml
 from sinkbench.config import Config, ModelConfig
 from sinkbench.errors import RecipeError, SinkbenchError
 from sinkbench.explain import explain
@@ -25,6 +25,7 @@ from sinkbench.recipe_files import find
 from sinkbench.recipe_layers import BLOCKS, Layer, flatten, is_within, merge, nest
 
 COMMAND_LINE = "command line"
+EXTENDS = "extends+="
 GENERATED = "sweep"
 """Provenance of a label that was made from a run's values."""
 
@@ -39,12 +40,14 @@ class Recipe:
         provenance: dotted key -> ``file:line`` or "command line", in the order of setting; a key
             that is absent has its default.
         sweep: a grid {dotted key: values}, a list of override sets, or None.
+        scale: factors by dotted key, which ``values`` have had and the sweep's have not.
     """
 
     path: Path
     values: dict[str, Any]
     provenance: dict[str, str]
     sweep: dict[str, list[Any]] | list[dict[str, Any]] | None = None
+    scale: dict[str, float] = field(default_factory=dict)
 
 
 def load(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -52,7 +55,8 @@ def load(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         reference: a path, the name of a shipped recipe, or ``package:name``.
-        overrides: ``key.path=value``, the value in YAML.
+        overrides: ``key.path=value``, the value in YAML; or ``extends+=RECIPE``, which lays one more recipe
+            over this one, as a file that extends both would.
 
     Raises:
         RecipeError: a file is missing or unreadable, extends itself, or is not a recipe; an override
@@ -60,11 +64,16 @@ def load(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = find(reference)
     layer = _load_file(path, ())
-    merge(layer, _overrides(overrides))
+    for text in overrides:
+        if text.startswith(EXTENDS):
+            merge(layer, _load_file(find(text.removeprefix(EXTENDS), where=f"{COMMAND_LINE}: extends"), ()))
+    merge(layer, _overrides([text for text in overrides if not text.startswith(EXTENDS)]))
     sweep = layer.values.pop("sweep", None)
     if sweep is not None:
         _check_sweep(sweep, layer.origins, path)
-    return Recipe(path, layer.values, layer.origins, sweep)
+    scale = recipe_scale.take(layer, display(path))
+    recipe_scale.apply(layer, scale, kept=COMMAND_LINE)
+    return Recipe(path, layer.values, layer.origins, sweep, scale)
 
 
 def to_config(recipe: Recipe) -> Config:
@@ -79,7 +88,7 @@ def to_config(recipe: Recipe) -> Config:
         # JSON in strict mode: a list may become a tuple, but "5", true and 5.0 are no integers.
         return Config.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as e:
-        first, *others = explain(e, Config, values, also=("extends", "sweep"))
+        first, *others = explain(e, Config, values, also=("extends", "scale", "sweep"))
     problem = first.problem
     if others:
         problem += f" (and {len(others)} more: {', '.join(dict.fromkeys(f.key for f in others))})"
@@ -110,6 +119,7 @@ def expand(recipe: Recipe) -> list[Recipe]:
         changes = Layer()
         for (key, value), place in zip(run.items(), run_places, strict=True):
             merge(changes, nest(key, value, recipe.provenance.get(place, display(recipe.path))))
+        recipe_scale.apply(changes, recipe.scale, kept=COMMAND_LINE)
         if "label" not in run:
             merge(changes, nest("label", _label(run, keys), GENERATED))
         layer = Layer(copy.deepcopy(recipe.values), dict(recipe.provenance))
@@ -214,7 +224,9 @@ def _overrides(overrides: Sequence[str]) -> Layer:
             raise RecipeError(f"{COMMAND_LINE}: {text}", "not an override", "write key.path=value")
         if key == "extends":
             raise RecipeError(
-                f"{COMMAND_LINE}: {text}", "a recipe extends others in its file", "write it there"
+                f"{COMMAND_LINE}: {text}",
+                "a recipe extends others in its file",
+                f"write it there, or {EXTENDS}RECIPE to lay one more over it",
             )
         parsed, _ = recipe_yaml.parse(value, COMMAND_LINE, key, lines=False)
         merge(layer, nest(key, parsed, COMMAND_LINE))

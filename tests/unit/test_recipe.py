@@ -212,3 +212,32 @@ def test_a_recipe_without_a_sweep_is_one_run(write: Write) -> None:
     loaded = recipe.load("small")
     assert recipe.expand(loaded) == [loaded]
     assert recipe.require_single(loaded) is loaded
+
+
+def test_one_more_recipe_on_the_command_line(write: Write) -> None:
+    write("budget.yaml", "optim: {lr: 1e-2}\ntrain: {global_batch_size: 2}\n")
+    write("both.yaml", "extends: [small, budget]\n")
+    loaded = recipe.load("small", ["extends+=budget", "optim.lr=3e-3"])
+    assert loaded.values["optim"]["lr"] == 3e-3
+    assert loaded.values["train"] == recipe.load("both").values["train"]
+    assert loaded.provenance["train.global_batch_size"] == "budget.yaml:2"
+
+
+def test_scale_changes_a_recipe_and_its_sweep_in_proportion(write: Write) -> None:
+    write("s.yaml", "extends: small\nsweep:\n- {optim.lr: 1e-3, train.steps: 400}\n- {label: base}\n")
+    write("budget.yaml", "optim: {warmup_steps: 1}\nscale: {train.steps: 0.01, train.global_batch_size: 0.5, optim.lr: 10}\n")
+    loaded = recipe.load("s", ["extends+=budget"])
+    runs = {run.values["label"]: run for run in recipe.expand(loaded)}
+    configs = {label: recipe.to_config(run) for label, run in runs.items()}
+    assert {label: (c.train.steps, c.optim.lr) for label, c in configs.items()} == {
+        "lr=0.001,steps=400": (4, 1e-2),
+        "base": (2, 4e-3),
+    }
+    assert [c.train.global_batch_size for c in configs.values()] == [4, 4]
+    assert runs["base"].provenance["train.steps"] == "small.yaml:5, 200 x 0.01"
+    # What the resolved recipe says is not scaled again; the command line is not scaled at all.
+    write("again.yaml", recipe.dump(configs["base"]))
+    assert recipe.to_config(recipe.load("again")) == configs["base"]
+    assert recipe.load("small", ["extends+=budget", "train.steps=7"]).values["train"]["steps"] == 7
+    # A smaller share of a whole number is at least 1; a later layer replaces a factor.
+    assert recipe.load("small", ["extends+=budget", "scale.train.steps=1e-6"]).values["train"]["steps"] == 1
