@@ -366,11 +366,13 @@ class Config(Section):
                 f"virtual_pipeline = {stages}; change one of them"
             )
         chunks = (2 * p.context if p.context > 1 else 1) * (p.tensor if p.sequence else 1)
-        if m.seq_length % chunks:
-            raise ValueError(
-                f"model.seq_length {m.seq_length} is not divisible by {chunks}, which "
-                "parallel.context and parallel.sequence need; change one of them"
-            )
+        probed = self.measure.length if self.measure.every else chunks
+        for what, length in (("model.seq_length", m.seq_length), ("measure.length", probed)):
+            if length % chunks:
+                raise ValueError(
+                    f"{what} {length} is not divisible by {chunks}, which "
+                    "parallel.context and parallel.sequence need; change one of them"
+                )
         if self.measure.every and self.measure.length > m.seq_length:
             raise ValueError(
                 f"measure.length {self.measure.length} is above model.seq_length {m.seq_length}; lower it"

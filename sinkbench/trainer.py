@@ -80,17 +80,26 @@ def micro_batch_size(config: Config, data_size: int) -> int:
             f"{total} is not divisible by the data-parallel size {data_size}",
             "change it, or the number of processes",
         )
+    interleaved = config.parallel.virtual_pipeline > 1
+    if interleaved and share % stages:
+        raise RecipeError(
+            "train.global_batch_size",
+            f"the interleaved pipeline needs a multiple of {stages} micro-batches, which {share} sequences "
+            "on one data-parallel rank do not give",
+            "change it",
+        )
     size = config.train.micro_batch_size
     if size is None:
         most = max(1, min(DEFAULT_TOKENS // config.model.seq_length, share // stages))
-        size = max(n for n in range(1, most + 1) if share % n == 0)
+        unit = stages if interleaved else 1
+        size = max(n for n in range(1, most + 1) if share % (n * unit) == 0)
     if share % size:
         raise RecipeError(
             "train.micro_batch_size",
             f"{size} does not divide the {share} sequences of one data-parallel rank",
             f"write a divisor of {share}",
         )
-    if config.parallel.virtual_pipeline > 1 and (share // size) % stages:
+    if interleaved and (share // size) % stages:
         raise RecipeError(
             "train.micro_batch_size",
             f"the interleaved pipeline needs a multiple of {stages} micro-batches, not {share // size}",

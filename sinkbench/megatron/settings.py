@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from pydantic import TypeAdapter, ValidationError
 
 from sinkbench.config import Config
 from sinkbench.errors import RecipeError
@@ -81,7 +82,13 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         **_recompute(config.train.recompute),
     )
     fields |= _passed_through(model.megatron, set(fields))
-    return TransformerConfig(**fields)
+    try:
+        return TransformerConfig(**fields)
+    except (ValueError, AssertionError) as error:
+        if not model.megatron:
+            raise
+        remedy = f"change {', '.join(model.megatron)}"
+        raise RecipeError("model.megatron", f"megatron-core refuses it ({error})", remedy) from error
 
 
 def _leave(weight: torch.Tensor) -> torch.Tensor:
@@ -97,6 +104,7 @@ def _recompute(what: str) -> dict[str, Any]:
 
 
 def _passed_through(fields: dict[str, Any], owned: set[str]) -> dict[str, Any]:
+    types = get_type_hints(TransformerConfig)
     known = {field.name for field in dataclasses.fields(TransformerConfig)}
     for name in fields:
         where = f"model.megatron.{name}"
@@ -112,7 +120,16 @@ def _passed_through(fields: dict[str, Any], owned: set[str]) -> dict[str, Any]:
                 "this field has no effect in sinkbench's models",
                 f"remove it; these take effect: {', '.join(sorted(PASS_THROUGH))}",
             )
+        _check_type(where, fields[name], types[name])
     return fields
+
+
+def _check_type(where: str, value: Any, wanted: Any) -> None:
+    """megatron-core takes any value and fails where it is used."""
+    try:
+        TypeAdapter(wanted).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise RecipeError(where, f"{value!r} is wrong ({error.errors()[0]['msg']})", "change it") from error
 
 
 def optimizer_config(config: Config) -> OptimizerConfig:

@@ -21,7 +21,10 @@ from pathlib import Path
 
 import pytest
 
+from sinkbench.errors import CheckpointError
+from sinkbench.measure.runs import find_checkpoint
 from tests.distributed.harness import RunDistributed
+from tests.unit.data_folder import write_folder
 from tests.unit.test_wrong_input import contents
 
 SMALL = """\
@@ -131,6 +134,25 @@ RUN_CASES = (
         processes=2,
     ),
     Case(
+        "batch that an interleaved pipeline cannot cut",
+        "command line: train.global_batch_size: the interleaved pipeline needs a multiple of 2 "
+        "micro-batches, which 7 sequences on one data-parallel rank do not give; change it",
+        overrides=(
+            NEW,
+            "model.num_layers=4",
+            "parallel={pipeline: 2, virtual_pipeline: 2}",
+            "train.global_batch_size=7",
+        ),
+        processes=2,
+    ),
+    Case(
+        "probe that context parallelism cannot cut",
+        "command line: measure.length 14 is not divisible by 4, which parallel.context and parallel.sequence "
+        "need; change one of them",
+        overrides=(NEW, "parallel.context=2", "measure={every: 2, length: 14}"),
+        processes=2,
+    ),
+    Case(
         "sdpa with sigmoid",
         "command line: model.backend: sdpa cannot compute a similarity other than softmax, which "
         "model.attention declares; write auto or eager",
@@ -152,6 +174,19 @@ RUN_CASES = (
         "command line: model.megatron.qk_layernorm: this field has no effect in sinkbench's models; remove "
         "it; these take effect: ...",
         overrides=(NEW, "model.megatron={qk_layernorm: true}"),
+    ),
+    Case(
+        "megatron field of another type",
+        "command line: model.megatron.hidden_dropout: 'much' is wrong (Input should be a valid number); "
+        "change it",
+        overrides=(NEW, "model.megatron={hidden_dropout: much}"),
+    ),
+    Case(
+        "megatron field that megatron refuses",
+        "command line: model.megatron: megatron-core refuses it (...); change "
+        "num_layers_in_first_pipeline_stage",
+        overrides=(NEW, "parallel.pipeline=2", "model.megatron={num_layers_in_first_pipeline_stage: 0}"),
+        processes=2,
     ),
     Case(
         "vocabulary does not divide",
@@ -259,19 +294,46 @@ def test_measure_refuses_a_damaged_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "line"),
+    ("target", "step", "line"),
     [
-        ("runs/gone", "runs/gone: there is no such folder; ..."),
-        ("runs", "runs: it holds no checkpoint; train it first, or name another folder"),
-        ("runs/small --step 3", "runs/small/checkpoints/step_3: there is no such checkpoint; ..."),
+        (
+            "runs/gone",
+            None,
+            "runs/gone: there is no such folder; give a run's folder or one of its checkpoints",
+        ),
+        ("runs", None, "runs: it holds no checkpoint; train it first, or name another folder"),
+        (
+            "runs/small",
+            3,
+            "runs/small/checkpoints/step_3: there is no such checkpoint; name a folder checkpoints/step_N",
+        ),
     ],
 )
-def test_measure_refuses_what_is_not_there(
-    run_distributed: RunDistributed, work: Path, arguments: str, line: str
+def test_nothing_to_measure(work: Path, target: str, step: int | None, line: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^{re.escape(line)}$"):
+        find_checkpoint(Path(target), step)
+
+
+def test_goes_on_from_the_checkpoint_before_the_damaged_one(
+    run_distributed: RunDistributed, work: Path
 ) -> None:
+    """Once that is deleted, as the message advises."""
+    metrics = work / "runs" / "small" / "metrics.jsonl"
+    before = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    shutil.rmtree(work / STEP_4)
+    ((code, _, _),) = run_distributed(1, rank_calls, "sinkbench.pretrain", ["small.yaml"])
+    assert code == 0
+    assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()] == before
+
+
+def test_folders_of_two_tokenizers(run_distributed: RunDistributed, work: Path) -> None:
+    documents = [list(range(1, 30))] * 4
+    for name in "ab":
+        write_folder(Path(name), documents, documents, vocab_size=60, tokenizer_sha256=name * 64)
     before = contents(work)
-    results = run_distributed(1, rank_calls, "sinkbench.cli", ["measure", *arguments.split()])
-    assert_refused(results, line, before, work)
+    arguments = ["small.yaml", NEW, "data={source: indexed, train: [a, b]}"]
+    results = run_distributed(1, rank_calls, "sinkbench.pretrain", arguments)
+    assert_refused(results, "...b: was prepared with another tokenizer than a; ...", before, work)
 
 
 def test_cuda_without_a_card(
