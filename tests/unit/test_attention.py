@@ -13,12 +13,14 @@ from torch import Tensor
 from sinkbench import plugins, recipe
 from sinkbench.api import AttentionSpec, Elementwise, ParameterSpec, ScoreBias, Softmax
 from sinkbench.attention import backends, reference
+from sinkbench.attention.backends import Use
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
 from sinkbench.model import declare
 
 BATCH, LENGTH, HEADS, HEAD_SIZE = 2, 9, 4, 6
 SCALE = 0.7
+ON_CPU = Use(device="cpu", head_size=HEAD_SIZE)
 
 Row = Callable[[Tensor], Tensor]
 """Scores of the keys a query sees -> their weights, float64."""
@@ -232,8 +234,8 @@ SDPA_PROBLEMS: dict[str, Callable[[Problem], Problem]] = {
 @pytest.mark.parametrize("name", SDPA_PROBLEMS)
 def test_sdpa_equals_eager(name: str, kv_heads: int) -> None:
     problem = SDPA_PROBLEMS[name](make_problem(AttentionSpec(rule=Softmax()), kv_heads=kv_heads))
-    sdpa = backends.choose(problem.spec, "auto")
-    eager = backends.choose(problem.spec, "eager")
+    sdpa = backends.choose(problem.spec, ON_CPU, "auto")
+    eager = backends.choose(problem.spec, ON_CPU, "eager")
     assert (sdpa.name, eager.name) == ("sdpa", "eager")
     output, expected = sdpa.run(problem), eager.run(problem)
     assert_close(output, expected)
@@ -272,9 +274,9 @@ def test_prefix_sees_itself() -> None:
 )
 def test_backend_that_cannot(attention: str, lack: str) -> None:
     spec = declared(attention)
-    assert backends.choose(spec, "auto").name == "eager"
+    assert backends.choose(spec, ON_CPU, "auto").name == "eager"
     with pytest.raises(RecipeError, match=f"sdpa cannot compute {lack}, which model.attention declares"):
-        backends.choose(spec, "sdpa")
+        backends.choose(spec, ON_CPU, "sdpa")
 
 
 def test_measured_weights_are_float32() -> None:

@@ -58,13 +58,15 @@ def rank_measures(
 ) -> dict[str, float | list[Any]]:
     """What ``sinkbench measure`` finds, and the weights that it finds it from."""
     from sinkbench.measure.probe import Probe
-    from sinkbench.measure.runs import measure_run
+    from sinkbench.measure.runs import find_checkpoint, measure_run
+    from sinkbench.measure.settings import Settings
     from sinkbench.megatron import parallel, state
     from sinkbench.megatron.single import SingleModel
     from sinkbench.model import build_stages, declare
 
-    result = measure_run(str(checkpoint), step=None, length=None, count=None, metrics=(), device="cpu")
-    assert (result.length, result.count) == (LENGTH, COUNT)
+    found = find_checkpoint(checkpoint, None)
+    result = measure_run(str(checkpoint), found, "natural", Settings(device="cpu"))
+    assert (result.length, result.count, result.step) == (LENGTH, COUNT, STEPS)
     config, resolved = prepare(arguments)
     source = open_source(config)
     declared = declare(config, resolved, source.vocab_size)
