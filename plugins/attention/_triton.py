@@ -10,12 +10,12 @@ import triton.language as tl
 
 
 @triton.jit
-def sigmoid(s: Any) -> Any:
+def sigmoid(s):
     return 1.0 / (1.0 + tl.exp(-s))
 
 
 @triton.jit
-def sigmoid_by_tanh(s: Any) -> Any:
+def sigmoid_by_tanh(s):
     """(1 + tanh(s/2)) / 2 with the hardware's tanh: one special-function operation instead of two. Its
     error of 2^-11 is below the rounding of bf16."""
     half = tl.inline_asm_elementwise(
@@ -25,17 +25,17 @@ def sigmoid_by_tanh(s: Any) -> Any:
 
 
 @triton.jit
-def sigmoid_derivative(s: Any, p: Any) -> Any:
+def sigmoid_derivative(s, p):
     return p * (1.0 - p)
 
 
 @triton.jit
-def elu_plus_one(s: Any) -> Any:
+def elu_plus_one(s):
     return tl.where(s > 0, s + 1.0, tl.exp(tl.minimum(s, 0.0)))
 
 
 @triton.jit
-def elu_plus_one_derivative(s: Any, p: Any) -> Any:
+def elu_plus_one_derivative(s, p):
     return tl.where(s > 0, 1.0, p)
 
 
