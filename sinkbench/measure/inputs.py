@@ -115,14 +115,18 @@ def from_python_documentation(encode: Encode, *, length: int, count: int, seed: 
     remaining = iter(paragraphs)
     rows: list[Sequence[int]] = []
     while len(rows) < count:
-        text, tokens = "", encode("")
+        text: list[str] = []
+        tokens: Sequence[int] = []
+        expected = 0
         while len(tokens) < length:
             paragraph = next(remaining, None)
             if paragraph is None:
                 problem = f"Python's documentation holds {len(rows)} texts of {length} tokens, not {count}"
                 raise DataError("natural inputs", problem, "lower --count or --length, or give --prompts")
-            text = f"{text}\n\n{paragraph}" if text else paragraph
-            tokens = encode(text)
+            text.append(paragraph)
+            expected += len(encode(paragraph))
+            if expected >= length:  # encoded together they may be a little less
+                tokens = encode("\n\n".join(text))
         rows.append(tokens[:length])
     return np.array(rows, dtype=np.int64)
 

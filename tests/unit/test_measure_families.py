@@ -90,7 +90,8 @@ class Truth:
         weights = self.weights
         if proxy and not slot:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-8)
-        return weights.sum(-2) / np.arange(LENGTH, 0, -1)
+        alpha: np.ndarray = weights.sum(-2) / np.arange(LENGTH, 0, -1)
+        return alpha
 
 
 def check_sink(found: dict[str, Any], truth: Truth, eps: float, slot: bool) -> None:
