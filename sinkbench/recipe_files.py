@@ -13,6 +13,9 @@ from sinkbench.explain import nearest
 SHIPPED = "sinkbench"
 """``sinkbench:demo.yaml`` is the shipped recipe, whatever lies in the working directory."""
 
+RESULTS = "results.yaml"
+"""Not a recipe: numbers that were published for the recipes of its folder."""
+
 _SUFFIXES = (".yaml", ".yml")
 
 
@@ -81,7 +84,7 @@ def list_recipes(root: Path) -> list[str]:
     """Paths below a folder of the recipes that can be run; those in ``_folders`` are for extending, and
     ``measure`` holds lists of models for ``sinkbench measure``."""
     files = (path.relative_to(root) for path in root.rglob("*") if path.suffix in _SUFFIXES)
-    files = (f for f in files if f.parts[0] != "measure")
+    files = (f for f in files if f.parts[0] != "measure" and f.name != RESULTS)
     return sorted(f.as_posix() for f in files if not any(part.startswith(("_", ".")) for part in f.parts))
 
 

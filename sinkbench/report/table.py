@@ -51,7 +51,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             sink_1_proxy, first_token_attention_trigger, first_token_attention_nontrigger and
             value_drain. Other keys are ignored; a column without any value is left out.
     """
-    return _table(COLUMNS, rows)
+    return table(COLUMNS, rows)
 
 
 def measurement_row(result: Result, published: Published) -> dict[str, Any]:
@@ -68,22 +68,23 @@ def measurement_row(result: Result, published: Published) -> dict[str, Any]:
 
 def measurement_table(results: Sequence[Result], published: Published) -> Table:
     """Measured models and runs, a row for each kind of inputs; see ``measurement_row``."""
-    return _table(MEASURED, [measurement_row(result, published) for result in results])
+    return table(MEASURED, [measurement_row(result, published) for result in results])
 
 
-def _table(known: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table()
+def table(known: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows under those of the known columns for which any row has a value."""
+    made = Table()
     shown = columns.with_values(known, rows)
     for column in shown:
         # Names fold only after the long titles over numbers have wrapped; numbers stay whole.
         cells = [len(column.cell(row)) for row in rows]
         width = max(cells) if column.numeric else min(NAME_WIDTH, max(cells))
-        table.add_column(
+        made.add_column(
             column.title,
             justify="right" if column.numeric else "left",
             min_width=width,
             overflow="fold",
         )
     for row in rows:
-        table.add_row(*(Text(column.cell(row)) for column in shown))  # Text: a label is no markup
-    return table
+        made.add_row(*(Text(column.cell(row)) for column in shown))  # Text: a label is no markup
+    return made

@@ -1,0 +1,97 @@
+"""The paper's numbers beside ours: each belongs to a run that a recipe makes; directions agree or not."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from sinkbench import cli, recipe
+from sinkbench.recipe_files import list_recipes, shipped_root
+from sinkbench.report.paper import paper_table, read_results
+from sinkbench.report.runs import read_runs
+from tests.unit.run_folder import make_run
+
+
+def paper_runs() -> set[tuple[str, str]]:
+    """(name, label) of every run of recipes/paper."""
+    root = shipped_root()
+    assert root is not None
+    names = [name for name in list_recipes(root) if name.startswith("paper/")]
+    expanded = [run for name in names for run in recipe.expand(recipe.load(f"sinkbench:{name}"))]
+    return {(run.values["name"], run.values.get("label", "")) for run in expanded}
+
+
+def test_every_number_belongs_to_a_run() -> None:
+    known = paper_runs()
+    named = {(name, label) for name, group in read_results().items() for label in group.runs}
+    assert named <= known
+    assert len(named) == 70
+    assert {name for name, _ in known} - {name for name, _ in named} == {
+        *("domain_weights", "instruction_tuning", "off_by_one", "schedule", "window")
+    }
+
+
+def test_the_papers_default() -> None:
+    assert read_results()["default"].runs[""] == {"sink_1_raw": 18.18, "loss": 3.73}
+
+
+def run_of(tmp_path: Path, name: str, label: str | None, sink: float, loss: float) -> Path:
+    path = make_run(tmp_path / name / (label or "run"), sink=sink, probes=False)
+    values = yaml.safe_load((path / "recipe.yaml").read_text()) | {"name": name, "label": label}
+    (path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    numbers = {"sink_1_raw": sink, "sink_1_proxy": sink, "loss": 9.0, "loss/pile_cc": loss}
+    (path / "summary.json").write_text(json.dumps(numbers))
+    return path
+
+
+def printed(paths: list[Path]) -> list[str]:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(paper_table(read_runs(paths), read_results()))
+    return [" ".join(line.replace("│", " ").split()) for line in console.export_text().splitlines()]
+
+
+def test_directions_against_the_default_run(tmp_path: Path) -> None:
+    runs = [
+        run_of(tmp_path, "default", None, 30.0, 4.0),
+        run_of(tmp_path, "weight_decay", "weight_decay=0.5", 50.0, 4.2),
+        run_of(tmp_path, "weight_decay", "weight_decay=2", 33.0, 3.9),
+        run_of(tmp_path, "ffn", "ffn=geglu", 30.5, 4.005),
+        run_of(tmp_path, "schedule", "cosine", 20.0, 3.8),
+        run_of(tmp_path, "similarity", "sigmoid", 1.0, 3.9),
+    ]
+    lines = printed(runs)
+    for line in (
+        "default sink_1_raw 18.18 30.00 – 3.73 4.000 –",  # noqa: RUF001
+        "weight decay weight_decay=0.5 sink_1_raw 41.08 50.00 higher, agrees 3.80 4.200 higher, agrees",
+        "weight decay weight_decay=2 sink_1_raw 6.13 33.00 higher, paper lower "
+        "4.23 3.900 lower, paper higher",
+        "schedule cosine sink_1_raw – 20.00 lower – 3.800 lower",  # noqa: RUF001
+        "feed-forward block ffn=geglu sink_1_raw 17.86 30.50 same, agrees 3.73 4.005 same, agrees",
+        "similarity sigmoid sink_1_proxy 0.44 1.00 lower, agrees 3.70 3.900 lower, agrees",
+        "similarity elu_normalized sink_1_raw diverged – – – – –",  # noqa: RUF001
+        "feed-forward block ffn=relu sink_1_raw 16.90 – – 3.82 – –",  # noqa: RUF001
+    ):
+        assert line in lines
+
+
+def test_the_larger_models_are_compared_with_each_other(tmp_path: Path) -> None:
+    runs = [
+        run_of(tmp_path, "default", None, 10.0, 4.0),
+        run_of(tmp_path, "scale_up", "softmax", 45.0, 3.0),
+        run_of(tmp_path, "scale_up", "sigmoid", 20.0, 3.2),
+    ]
+    assert "1B parameters sigmoid sink_1_proxy 2.46 20.00 lower, agrees 3.10 3.200 higher, agrees" in printed(
+        runs
+    )
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "--paper"]) == 0
+    assert "18.18" in capsys.readouterr().out
+    assert cli.main(["report"]) == 2
+    assert capsys.readouterr().err == "sinkbench report: no run is named; give the folders of runs\n"
