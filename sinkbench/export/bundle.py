@@ -164,7 +164,7 @@ class _Module:
 
     def _first_line(self, statement: ast.stmt) -> int:
         """Of a statement with its decorators and the comment before it."""
-        first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
+        first: int = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
         while first > 1 and self.lines[first - 2].startswith("#"):
             first -= 1
         return first

@@ -78,8 +78,8 @@ class Attention(nn.Module):
         self.declared = {**spec.parameters}
         if self.position_bias is not None:
             self.declared |= {f"position_{k}": v for k, v in self.position_bias.parameters.items()}
-        for name, parameter in self.declared.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(self._shape(parameter))))
+        empty = {name: nn.Parameter(torch.empty(self._shape(p))) for name, p in self.declared.items()}
+        self.core = nn.ParameterDict(empty)
 
     def _shape(self, parameter: ParameterSpec) -> list[int]:
         config = self.config
@@ -146,9 +146,9 @@ class Attention(nn.Module):
             aligned=tokens.position_q.numel() == tokens.position_k.numel(),
             scale=self.scale,
             heads=torch.arange(self.config.num_attention_heads, device=query.device),
-            parameters={name: getattr(self, name) for name in self.spec.parameters},
+            parameters={name: self.core[name] for name in self.spec.parameters},
             position_bias=self.position_bias,
-            position_parameters={name: getattr(self, f"position_{name}") for name in of_position},
+            position_parameters={name: self.core[f"position_{name}"] for name in of_position},
             prefix=self._prefix(),
         )
 
@@ -166,6 +166,8 @@ class Attention(nn.Module):
             return parts[0]
         rows = []
         for part, t in zip(parts, tokens, strict=True):
+            assert t.at_q is not None
+            assert t.at_k is not None
             row = part[0]
             if over_keys:
                 row = row.new_zeros(*row.shape[:2], shape[3]).index_copy(2, t.at_k, row)
@@ -179,10 +181,11 @@ class FeedForward(nn.Module):
     def __init__(self, config: SinkbenchConfig) -> None:
         super().__init__()
         self.activation, gated = ACTIVATIONS[config.ffn]
-        sizes, bias = (config.hidden_size, config.intermediate_size), config.linear_bias == "all"
-        self.gate_proj = nn.Linear(*sizes, bias=bias) if gated else None
-        self.up_proj = nn.Linear(*sizes, bias=bias)
-        self.down_proj = nn.Linear(*sizes[::-1], bias=bias)
+        assert config.intermediate_size is not None
+        n, width, bias = config.hidden_size, config.intermediate_size, config.linear_bias == "all"
+        self.gate_proj = nn.Linear(n, width, bias=bias) if gated else None
+        self.up_proj = nn.Linear(n, width, bias=bias)
+        self.down_proj = nn.Linear(width, n, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:

@@ -153,7 +153,7 @@ class SinkbenchForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             module.weight.data.normal_(0.0, std)
         elif isinstance(module, Attention):
             for name, parameter in module.declared.items():
-                getattr(module, name).data.normal_(parameter.mean, parameter.std)
+                module.core[name].data.normal_(parameter.mean, parameter.std)
         elif module is self.model and self.model.sink_token is not None:
             self.model.sink_token.data.normal_(0.0, std)
         elif hasattr(module, "make_again"):

@@ -38,7 +38,9 @@ def transposed(stored: str, name: str) -> Piece:
 
 def halves(stored: str, first: str, second: str) -> Piece:
     """Gate and up projection, side by side."""
-    return Piece(stored=stored, names=(first, second), split=lambda x: x.chunk(2), join=torch.cat)
+    return Piece(
+        stored=stored, names=(first, second), split=lambda x: x.chunk(2), join=lambda x: torch.cat(list(x))
+    )
 
 
 def beginning(stored: str, name: str, rows: int) -> Piece:

@@ -54,7 +54,7 @@ def write_shards(folder: Path, entries: Sequence[Entry], max_bytes: int) -> None
     if len(shards) == 1:
         write_file(folder / "model.safetensors", shards[0])
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         write_file(folder / name, shard)
@@ -82,4 +82,4 @@ def write_file(path: Path, entries: Sequence[Entry]) -> None:
         for entry in entries:
             tensor = entry.read().to(entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
-            stream.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            stream.write(tensor.flatten().view(torch.uint8).numpy().data)

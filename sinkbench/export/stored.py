@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from sinkbench.errors import CheckpointError
@@ -78,6 +78,7 @@ class StoredTensors:
         target = torch.empty(shape, dtype=stored.dtype)
         chunk = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(shape))
         entry = self._metadata.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
         items = create_read_items_for_chunk_list(name, entry, [chunk])
         try:
             self._reader.read_data(LoadPlan(items), _IntoTensor(target)).wait()

@@ -144,7 +144,7 @@ def _plugin(chosen: Chosen) -> dict[str, Any]:
 
 
 _PLACES = (
-    (f"{LAYER}attention.core.", "model.layers.{}.self_attn."),
+    (f"{LAYER}attention.core.", "model.layers.{}.self_attn.core."),
     (f"{LAYER}norms.", "model.layers.{}.norms."),
     ("final_norm.", "model.norm."),
     ("embedding.position_embeddings.", "model.embed_positions."),

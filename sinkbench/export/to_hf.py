@@ -124,9 +124,9 @@ def _write_model(
 def _family(model: Model) -> tuple[dict[str, Any], list[Piece]]:
     """config.json and the tensors: of a family of transformers if one computes the model exactly."""
     architecture = architecture_of(model.declared)
-    for family in FAMILIES if architecture is not None else ():
-        config = family.write(architecture)
-        if config is not None:
+    for family in FAMILIES:
+        config = family.write(architecture) if architecture is not None else None
+        if architecture is not None and config is not None:
             names = {"architectures": [family.class_name], "model_type": family.model_type}
             return {**names, **config}, family.pieces(architecture)
     config = template.configuration(model.config, model.resolved, model.declared)

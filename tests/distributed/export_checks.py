@@ -1,0 +1,139 @@
+"""Run in a process of its own: what transformers makes of exported models. Prints JSON by folder."""
+
+from __future__ import annotations
+
+import importlib.abc
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+class _NoSinkbench(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any, target: Any = None) -> None:
+        if name.partition(".")[0] in ("sinkbench", "sinkbench_plugins", "megatron", "pydantic", "pluggy"):
+            raise ImportError(f"{name} is not here")
+
+
+sys.meta_path.insert(0, _NoSinkbench())
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+EPS = 0.08
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+@torch.no_grad()
+def check(folder: Path) -> dict[str, Any]:
+    expected = torch.load(folder / "expected.pt")
+    tokens, logits = expected["tokens"], expected["logits"]
+    model = load(folder, attn_implementation="eager")
+    output = model(tokens, output_attentions=True)
+    found: dict[str, Any] = {
+        "class": type(model).__name__,
+        "logits": difference(output.logits, logits),
+        "scale": float(logits.std()),
+        "sink_1": sink(output.attentions, 0),
+        "slot": slot(output),
+        "padding": padding(model, tokens, output.logits),
+        "cache": cached(model, tokens, output.logits),
+        "generate": generated(model, tokens),
+    }
+    try:
+        fused = load(folder, attn_implementation="sdpa")
+        found["sdpa"] = difference(fused(tokens).logits, logits)
+        found["sdpa_padding"] = padding(fused, tokens, output.logits)
+    except ValueError:
+        found["sdpa"] = None
+    with tempfile.TemporaryDirectory(prefix=f"again_{folder.name}_") as again:
+        model.save_pretrained(again)
+        found["saved_again"] = difference(
+            load(Path(again), attn_implementation="eager")(tokens).logits, output.logits
+        )
+    found["checkpointing"] = checkpointing(model, tokens)
+    return found
+
+
+def sink(attentions: Any, key: int) -> float:
+    """The raw sink rate of a key over layers, heads and sequences (Gu et al. 2410.10781)."""
+    rates = [(a[:, :, key:, key].mean(-1) > EPS).float().mean() for a in attentions]
+    return 100 * float(torch.stack(rates).mean())
+
+
+def slot(output: Any) -> float | None:
+    slots = getattr(output, "slot_attentions", None)
+    return None if slots is None else float(torch.stack(slots).mean())
+
+
+def padding(model: Any, tokens: torch.Tensor, alone: torch.Tensor) -> float:
+    """A short sequence beside a long one, padded on either side."""
+    length, short = tokens.shape[1], tokens.shape[1] - 9
+    worst = 0.0
+    first = model(tokens[1:2, :short]).logits[0]
+    for left in (True, False):
+        batch, mask = tokens[:2].clone(), torch.ones_like(tokens[:2])
+        at = slice(length - short, None) if left else slice(0, short)
+        batch[1] = 0
+        batch[1, at] = tokens[1, :short]
+        mask[1] = 0
+        mask[1, at] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(batch, attention_mask=mask, position_ids=positions).logits
+        worst = max(worst, difference(logits[0], alone[0]), difference(logits[1, at], first))
+    return worst
+
+
+def cached(model: Any, tokens: torch.Tensor, whole: torch.Tensor) -> float:
+    """A prompt and then one token at a time."""
+    output = model(tokens[:, :20], use_cache=True)
+    parts = [output.logits]
+    for number in range(20, tokens.shape[1]):
+        output = model(tokens[:, number : number + 1], past_key_values=output.past_key_values, use_cache=True)
+        parts.append(output.logits)
+    return difference(torch.cat(parts, 1), whole)
+
+
+def generated(model: Any, tokens: torch.Tensor) -> bool:
+    """Greedy tokens with a cache, without, and of each sequence alone are the same."""
+    prompts, mask = tokens[:, :16].clone(), torch.ones_like(tokens[:, :16])
+    prompts[1, :5] = 0
+    mask[1, :5] = 0
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    together = model.generate(prompts, attention_mask=mask, **options)[:, 16:]
+    without = model.generate(prompts, attention_mask=mask, use_cache=False, **options)[:, 16:]
+    alone = [
+        model.generate(row[keep.bool()][None], attention_mask=keep[keep.bool()][None], **options)[0, -8:]
+        for row, keep in zip(prompts, mask, strict=True)
+    ]
+    return bool((together == without).all() and (together == torch.stack(alone)).all())
+
+
+@torch.enable_grad()
+def checkpointing(model: Any, tokens: torch.Tensor) -> float:
+    """Gradients with activations computed again are the same."""
+    gradients = []
+    model.train()
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        model(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    return difference(*gradients)
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    results = {folder: check(Path(folder)) for folder in sys.argv[1:]}
+    assert not {"sinkbench", "megatron"} & sys.modules.keys()
+    print(json.dumps(results))
