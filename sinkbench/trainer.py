@@ -18,7 +18,7 @@ from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
 from sinkbench.data.source import SequenceSource, open_source
-from sinkbench.errors import RecipeError, SinkbenchError
+from sinkbench.errors import DataError, RecipeError, SinkbenchError
 from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.measure.results import StepMetrics, write
 from sinkbench.model import Declarations, build_stages, declare
@@ -254,6 +254,9 @@ class Trainer:
             loss, count = self.engine.evaluate(self._held_out(domain))
             losses[f"loss/{domain}"] = loss
             total, tokens = total + loss * count, tokens + count
+        if not tokens:
+            problem = "no token of the held-out sequences has a weight above 0"
+            raise DataError("validation.sequences", problem, "raise it, or hold out more documents")
         self._log(step, "validation", {"loss": total / tokens, **losses})
 
     def _held_out(self, domain: str) -> list[Batch]:
