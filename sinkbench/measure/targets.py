@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore
-from sinkbench.errors import DataError
+from sinkbench.errors import DataError, HostError
 from sinkbench.measure import finished
 from sinkbench.measure.finished import Finished
 from sinkbench.measure.inputs import Inputs
@@ -73,7 +73,13 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
 def _open(target: str, settings: Settings, kept: Finished, advance: Advance) -> Iterator[Result]:
     from sinkbench.measure.hf_load import Trust, find_place, require_packages
 
-    require_packages("transformers")
+    try:
+        require_packages("transformers")
+    except HostError as error:
+        if Path(target).expanduser().exists():
+            raise
+        problem = "is no run or folder here, and a model of the hub needs transformers, not installed here"
+        raise DataError(target, problem, "correct the path, or pip install 'sinkbench[hf]'") from error
     if settings.step is not None:
         raise DataError(f"{target}: --step", "is of a run's checkpoint", "leave it out")
     trust = Trust(pickle=settings.allow_pickle, code=settings.allow_code)
