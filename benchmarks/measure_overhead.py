@@ -46,9 +46,8 @@ def main() -> None:
 
     times = [(seconds(bare), seconds(measured)) for _ in range(arguments.repeats)]
     forward, measure = (min(column) for column in zip(*times, strict=True))
-    print(
-        f"forward passes {forward:.2f} s, measure {measure:.2f} s: {measure / forward:.3f}x (target {TARGET}x)"
-    )
+    ratio = f"{measure / forward:.3f}x (target {TARGET}x)"
+    print(f"forward passes {forward:.2f} s, measure {measure:.2f} s: {ratio}")
 
 
 def seconds(function: Callable[[], None]) -> float:

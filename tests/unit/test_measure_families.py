@@ -178,6 +178,28 @@ def test_streaming_equals_whole_and_batches_do_not_matter(
         assert numbers(streamed[name]) == pytest.approx(numbers(value), rel=1e-5, abs=1e-5), name
 
 
+def test_long_sequences_never_have_their_whole_weights_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sinkbench.measure.hf_attention import AttentionCall
+
+    length, held = 2048, []
+    rows = AttentionCall.rows
+
+    def recorded(call: AttentionCall, start: int, end: int) -> torch.Tensor:
+        block = rows(call, start, end)
+        held.append(block.numel())
+        return block
+
+    monkeypatch.setattr(AttentionCall, "rows", recorded)
+    for module in ("sinkbench.api", "sinkbench.measure.hf_attention"):
+        monkeypatch.setattr(f"{module}.BLOCK_ELEMENTS", 2**20)
+    model = tiny_model("gemma2", {**FAMILIES["gemma2"], "max_position_embeddings": length})
+    found = measured(model, length=length, count=1, metrics=())
+    assert max(held) <= 2**20
+    assert sum(held) >= length * length * 4 * LAYERS, "every row was seen"
+    assert found["row_sum"] == pytest.approx(1, abs=1e-5)
+    assert np.shape(found["importance_raw"]) == (LAYERS, 4, 64)
+
+
 def test_alibi_of_falcon_is_added_once() -> None:
     """As transformers' sdpa attention does; its eager attention adds it twice."""
     from sinkbench.measure.hf_forwards import OpenForwards
