@@ -1,0 +1,231 @@
+"""Variants under parallel layouts: the losses, gradient norms and sinks of one process; all combinations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from sinkbench import plugins
+from sinkbench.config import Config
+from sinkbench.errors import PluginError, RecipeError
+from tests.distributed.harness import RunDistributed
+from tests.distributed.runs import prepare
+
+STEPS = 4
+BATCH = 8
+TINY = (
+    "demo.yaml",
+    "model={num_layers: 2, hidden_size: 32, num_attention_heads: 4, num_query_groups: 2, seq_length: 32}",
+    "model={ffn: swiglu, ffn_hidden_size: 48, positional: rope}",
+    f"train={{steps: {STEPS}, global_batch_size: {BATCH}, micro_batch_size: 2}}",
+    "optim.warmup_steps=1",
+    "measure={count: 6, length: 16, eps: 0.1, metrics: [sink, norms]}",
+)
+VARIANTS: dict[str, str] = {
+    "scaled softmax": "model.attention={name: softmax, alpha: 0.5, window: 7}",
+    "sink logit": "model.attention={name: softmax, sink_logit: learned}",
+    "sink token": "model.attention={name: softmax, sink_token: true}",
+    "kv bias": "model.attention={name: softmax, kv_bias: kv}",
+    "shared kv bias": "model.attention={name: softmax, kv_bias: kv, kv_bias_shared: true}",
+    "key bias": "model.attention={name: sigmoid, normalize: false, kv_bias: k, value_norm: 2}",
+    "value bias": "model.attention={name: softmax, kv_bias: v}",
+    "shared value bias": "model.attention={name: elu, kv_bias: v, kv_bias_shared: true}",
+    "summed heads": "model.attention={name: softmax, combine: sum}",
+    "elu": "model.attention={name: elu, normalize: false}",
+    "kernel identity": "model.attention={name: kernel_identity}",
+    "kernel elu": "model.attention={name: kernel_elu}",
+    "kernel mlp": "model.attention={name: kernel_mlp, kv_bias: kv}",
+    "no position": "model.positional=none",
+    "absolute": "model.positional=absolute",
+    "learned": "model.positional=learned",
+    "alibi": "model.positional=alibi",
+    "t5": "model.positional={name: t5, init_std: 0.5}",
+    "relative": "model.positional=relative_reference",
+    "post norm": "model.normalization={name: layernorm, location: post}",
+    "sandwich norm": "model.normalization.location=sandwich",
+    "prefix": "loss={name: prefix_lm, prefix: 5}",
+    "random tokens": "data.transforms=[{name: random_tokens, start: 1, end: 3}]",
+    "fixed token": "data.transforms=[{name: fixed_token, position: 2, token: 9}]",
+    "geglu": "model.ffn=geglu",
+    "reglu": "model.ffn=reglu",
+    "swish": "model.ffn=swish",
+    "gelu": "model.ffn=gelu",
+    "relu": "model.ffn=relu",
+}
+LAYOUTS = {"tensor": "{tensor: 2}", "pipeline": "{pipeline: 2}", "context": "{context: 2}"}
+ALSO = {"sequence": "{tensor: 2, sequence: true}"}
+"""Not of the quick tests: each variant under sequence parallelism too."""
+
+CANNOT = {("sink token", "context"), ("sink token", "sequence")}
+"""A sequence that is one longer does not divide."""
+
+
+def rank_trains(rank: int, world_size: int, names: Sequence[str], layout: str) -> dict[str, Any]:
+    """Losses, gradient norms and the final probe of each variant."""
+    from sinkbench.api import Batch
+    from sinkbench.data.source import open_source
+    from sinkbench.measure.probe import Probe
+    from sinkbench.megatron import parallel
+    from sinkbench.megatron.training import Engine
+    from sinkbench.model import build_stages, declare
+
+    found = {}
+    for name in names:
+        config, resolved = prepare((*TINY, VARIANTS[name], f"parallel={layout}"))
+        source = open_source(config)
+        declared = declare(config, resolved, source.vocab_size)
+        place = parallel.start(config)
+        engine = Engine(config, build_stages(config, declared, place), place)
+
+        def ready(batch: Batch, declared: Any = declared) -> Batch:
+            for change in declared.transforms:
+                batch = change.transform(batch)
+            transformed: Batch = declared.loss.transform(batch)
+            return transformed
+
+        losses, norms = [], []
+        for step in range(STEPS):
+            tokens = torch.from_numpy(source.sequences(step * BATCH, BATCH)["tokens"])
+            result = engine.train_step([ready({"tokens": part}) for part in tokens.split(2)])
+            losses.append(result.loss)
+            norms.append(result.grad_norm)
+        metrics: dict[str, Any] = {
+            c.plugin.name: c.plugin.build(c.params, declared.context) for c in resolved.metrics
+        }
+        sequences = source.probe(config.measure.count, config.measure.length)
+        probe = Probe(metrics, sequences, engine, declared.transforms).run()
+        floats = {key: value for key, value in probe.items() if isinstance(value, float)}
+        found[name] = {"losses": losses, "norms": norms, "probe": floats}
+    return found
+
+
+Trained = Callable[[str, str, bool], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def trained(run_distributed: RunDistributed) -> Trained:
+    """``trained(variant, layout, quick)``: all quick cases of a layout are run together, and so are the
+    others."""
+    kept: dict[tuple[str, bool], dict[str, Any]] = {}
+
+    def trained(name: str, layout: str, quick: bool) -> dict[str, Any]:
+        if (layout, quick) not in kept:
+            if layout == "one":
+                names, processes, sizes = list(VARIANTS), 1, "{}"
+            else:
+                names = [n for n, where, is_quick in CASES if where == layout and is_quick == quick]
+                processes, sizes = 2, (LAYOUTS | ALSO)[layout]
+            kept[layout, quick] = run_distributed(processes, rank_trains, names, sizes, timeout=280)[0]
+        found: dict[str, Any] = kept[layout, quick][name]
+        return found
+
+    return trained
+
+
+def cases() -> Iterator[tuple[str, str, bool]]:
+    """(variant, layout, quick): of each variant one layout is quick, in turn."""
+    for number, name in enumerate(VARIANTS):
+        possible = [layout for layout in LAYOUTS | ALSO if (name, layout) not in CANNOT]
+        quick = [layout for layout in possible if layout in LAYOUTS]
+        for layout in possible:
+            yield name, layout, layout == quick[number % len(quick)]
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "quick"),
+    [pytest.param(*case, marks=() if case[2] else pytest.mark.full, id="-".join(case[:2])) for case in CASES],
+)
+def test_layouts_train_the_same_model(trained: Trained, name: str, layout: str, quick: bool) -> None:
+    expected, found = trained(name, "one", True), trained(name, layout, quick)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=1e-4)
+    assert found["norms"] == pytest.approx(expected["norms"], rel=2e-3)
+    assert found["probe"] == pytest.approx(expected["probe"], rel=2e-3, abs=1e-5)
+    assert expected["losses"][0] != expected["losses"][-1]
+
+
+@pytest.mark.parametrize("layout", ["{context: 2}", "{tensor: 2, sequence: true}"])
+def test_a_sink_token_says_what_cannot_split_it(layout: str) -> None:
+    from sinkbench.model import declare
+
+    config, resolved = prepare((*TINY, VARIANTS["sink token"], f"parallel={layout}"))
+    with pytest.raises(RecipeError) as caught:
+        declare(config, resolved, 65)
+    assert str(caught.value) == (
+        "model.attention: a sink token makes the sequence one longer, which sequence and context parallelism "
+        "cannot split; set parallel.sequence: false and parallel.context: 1"
+    )
+
+
+# --- combinations -----------------------------------------------------------------------------------
+
+PARAMETERS = {"prefix_lm": {"prefix": 3}}
+"""Of plugins that need some."""
+EXTRAS: tuple[dict[str, Any], ...] = (
+    {},
+    {"kv_bias": "kv", "combine": "sum", "sink_token": True, "window": 5},
+)
+"""Every attention is built without options and with most of them."""
+
+
+def combinations() -> Iterator[dict[str, Any]]:
+    index = plugins.discover()
+    kinds = ("attention", "positional", "normalization", "loss")
+    first_party = [
+        [n for n in index.names(kind) if index.get(kind, n).package.distribution == "sinkbench"]
+        for kind in kinds
+    ]
+    locations = itertools.cycle(("pre", "post", "sandwich"))
+    for number, (attention, position, norm, loss) in enumerate(itertools.product(*first_party)):
+        yield {
+            "attention": {"name": attention, **EXTRAS[number % 2]},
+            "positional": position,
+            "normalization": {"name": norm, "location": next(locations)},
+            "loss": {"name": loss, **PARAMETERS.get(loss, {})},
+        }
+
+
+def rank_builds_all(rank: int, world_size: int) -> list[tuple[dict[str, Any], float]]:
+    """A loss of every combination, without training."""
+    from sinkbench.megatron import parallel
+    from sinkbench.model import build_stages, declare
+
+    config, _ = prepare((*TINY, "model.num_layers=1"))
+    index = plugins.discover()
+    tokens = torch.randint(1, 65, (1, 33), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(33)[None] > 9
+    found = []
+    with parallel.running(config) as layout, torch.no_grad():
+        for parts in combinations():
+            values = config.model_dump(mode="json")
+            loss = parts.pop("loss")
+            values["model"] |= parts
+            values |= {"loss": loss, "data": {"source": "indexed", "train": "unread"}}
+            one = Config.model_validate(values)
+            declared = declare(one, plugins.resolve(one, index), 65)
+            (network,) = build_stages(one, declared, layout)
+            losses = network(declared.loss.transform({"tokens": tokens, "loss_mask": mask}))
+            found.append((parts | {"loss": loss}, float(losses.sum())))
+    return found
+
+
+def test_every_combination_builds(run_distributed: RunDistributed) -> None:
+    (found,) = run_distributed(1, rank_builds_all, timeout=280)
+    assert len(found) == 7 * 7 * 2 * 3
+    assert all(math.isfinite(loss) and loss > 0 for _, loss in found)
+
+
+def test_a_response_needs_dialogues() -> None:
+    with pytest.raises(PluginError) as caught:
+        prepare((*TINY, "loss=response_lm"))
+    assert str(caught.value).endswith(
+        "loss response_lm: data.source bigram_backcopy has no responses; "
+        "use indexed data prepared from dialogues"
+    )
