@@ -43,7 +43,8 @@ class TokenWriter:
     """
 
     def __init__(self, prefix: Path, dtype: npt.DTypeLike, *, masked: bool = False) -> None:
-        self._mask = Path(f"{prefix}.mask").open("wb") if masked else None
+        # Open as long as the writer is, as megatron's builder is; close() closes both.
+        self._mask = Path(f"{prefix}.mask").open("wb") if masked else None  # noqa: SIM115
         self._index = f"{prefix}.idx"
         self._builder: Any = _indexed_dataset().IndexedDatasetBuilder(
             f"{prefix}.bin", dtype=np.dtype(dtype).type

@@ -225,7 +225,8 @@ def test_one_more_recipe_on_the_command_line(write: Write) -> None:
 
 def test_scale_changes_a_recipe_and_its_sweep_in_proportion(write: Write) -> None:
     write("s.yaml", "extends: small\nsweep:\n- {optim.lr: 1e-3, train.steps: 400}\n- {label: base}\n")
-    write("budget.yaml", "optim: {warmup_steps: 1}\nscale: {train.steps: 0.01, train.global_batch_size: 0.5, optim.lr: 10}\n")
+    factors = "{train.steps: 0.01, train.global_batch_size: 0.5, optim.lr: 10}"
+    write("budget.yaml", f"optim: {{warmup_steps: 1}}\nscale: {factors}\n")
     loaded = recipe.load("s", ["extends+=budget"])
     runs = {run.values["label"]: run for run in recipe.expand(loaded)}
     configs = {label: recipe.to_config(run) for label, run in runs.items()}
