@@ -19,7 +19,7 @@ from torch import Tensor
 from sinkbench import plugins
 from sinkbench.api import AttentionSpec, BuildContext, DataTransform, LossSpec, PositionalSpec, Softmax
 from sinkbench.attention import reference
-from sinkbench.attention.backends import choose
+from sinkbench.attention.backends import Use, choose
 from sinkbench.attention.reference import Problem
 from sinkbench.plugins import PluginIndex
 
@@ -311,8 +311,9 @@ def test_output_and_gradients_follow_the_formula(
 
     expected = by_formula(formula, options, x, bias, prefix)
     expected_grads = torch.autograd.grad(expected, x.leaves(), direction, allow_unused=True)
-    for backend in {"eager", choose(spec, "auto").name}:
-        output = choose(spec, backend).run(problem(spec, positional, x, prefix))
+    use = Use(device="cpu", head_size=head_size, position_bias=position is not None, prefix=prefix > 0)
+    for backend in {"eager", choose(spec, use, "auto").name}:
+        output = choose(spec, use, backend).run(problem(spec, positional, x, prefix))
         grads = torch.autograd.grad(output, x.leaves(), direction, allow_unused=True)
         torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
         for grad, expected_grad in zip(grads, expected_grads, strict=True):
