@@ -85,7 +85,8 @@ class Decoder(nn.Module):
             before.append(hidden)
             arguments = (hidden, rotary, tokens, cache, output_attentions)
             if self.gradient_checkpointing and self.training:
-                hidden, attention, slot = self._gradient_checkpointing_func(layer.__call__, *arguments)
+                recomputed: Any = self._gradient_checkpointing_func
+                hidden, attention, slot = recomputed(layer.__call__, *arguments)
             else:
                 hidden, attention, slot = layer(*arguments)
             if attention is not None and leading:
@@ -157,21 +158,22 @@ class SinkbenchForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         elif module is self.model and self.model.sink_token is not None:
             self.model.sink_token.data.normal_(0.0, std)
         elif hasattr(module, "make_again"):
+            make_again: Any = module.make_again
             with torch.device("cpu"):
-                again = module.make_again()
+                again = make_again()
             for name in module._non_persistent_buffers_set:
                 module.get_buffer(name).copy_(again.get_buffer(name))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.model.embed_tokens = value
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: Any) -> None:
         self.lm_head = value
 
     def forward(

@@ -67,7 +67,7 @@ def _token(vocabulary: dict[str, Any], number: int) -> str:
     for added in vocabulary.get("added_tokens", []):
         if added["id"] == number:
             return str(added["content"])
-    return next(token for token, at in vocabulary["model"]["vocab"].items() if at == number)
+    return next(str(token) for token, at in vocabulary["model"]["vocab"].items() if at == number)
 
 
 def _convert(model: Path, path: Path) -> dict[str, str]:

@@ -31,17 +31,16 @@ SHAPES += (
 CASES = [(torch.float32, 2e-5)] + ([(torch.bfloat16, 2e-2)] if CUDA else [])
 
 
-def by_formula(
-    function: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, normalize: bool, window: int | None
-) -> Tensor:
+def by_formula(function: Any, inputs: list[Tensor], normalize: bool, window: int | None) -> Tensor:
     """f(q.k / sqrt d + b) M / Z times v, with all scores at once."""
+    q, k, v, bias = inputs
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     score = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + bias[:, None, None]
     position = torch.arange(q.shape[2], device=q.device)
     distance = position[:, None] - position
     allowed = (distance >= 0) & (distance < (window or q.shape[2]))
-    weight = function(score) * allowed
+    weight: Tensor = function(score) * allowed
     if normalize:
         weight = weight / (weight.sum(-1, keepdim=True) + 1e-8)
     return weight @ v
@@ -75,7 +74,7 @@ def test_output_and_gradients(
     bias = random(heads).float()
     inputs = [x.clone().requires_grad_() for x in (q, k, v, bias)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    expected = by_formula(function, *exact, normalize, window)
+    expected = by_formula(function, exact, normalize, window)
     wanted = [expected, *torch.autograd.grad(expected, exact, grad.double())]
 
     f, derivative = fused(dtype)
