@@ -179,6 +179,7 @@ def _recipe(a: Architecture, name: str, seq_length: int | None) -> dict[str, Any
         "model": model,
         "optim": {"lr": 2e-5, "schedule": "cosine", "warmup_steps": 10, "weight_decay": 0.0},
         "train": {"steps": 100, "global_batch_size": 8},
+        "measure": {"length": min(64, seq_length or a.num_positions)},
     }
 
 

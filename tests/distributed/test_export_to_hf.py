@@ -13,6 +13,9 @@ from sinkbench.export.stored import StoredTensors
 from tests.distributed.exports import LLAMA, SMALL, check_exports, probe_tokens, rank_writes
 from tests.distributed.harness import RunDistributed
 
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.timeout(900)  # the fixture exports and checks every case
+
 CLASSIC = "model={linear_bias: all, normalization: layernorm, positional: learned, ffn_hidden_size: 48}"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "llama": ("LlamaForCausalLM", (LLAMA, "model.num_query_groups=2")),
