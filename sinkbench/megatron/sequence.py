@@ -39,10 +39,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shard: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        shard = shard.contiguous()
-        shards = [torch.empty_like(shard) for _ in range(group.size())]
-        dist.all_gather(shards, shard, group=group)
-        return in_order(shards, 0)
+        return in_order(_shards(shard, group), 0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -62,19 +59,18 @@ def gather_sequence(shard: Tensor, group: Group) -> Tensor:
 
 def gather_shards(tensor: Tensor, group: Group, dim: int) -> Tensor:
     """Concatenates the shards of all ranks of a group along a dimension, without gradients."""
-    if group.size() == 1:
-        return tensor
-    tensor = tensor.contiguous()
-    shards = [torch.empty_like(tensor) for _ in range(group.size())]
-    dist.all_gather(shards, tensor, group=group)
-    return torch.cat(shards, dim)
+    return torch.cat(_shards(tensor, group), dim)
 
 
 def gather_context(tensor: Tensor, group: Group, dim: int) -> Tensor:
     """Puts the context-parallel shards of a sequence dimension in order, without gradients."""
+    return in_order(_shards(tensor, group), dim)
+
+
+def _shards(tensor: Tensor, group: Group) -> list[Tensor]:
     if group.size() == 1:
-        return tensor
+        return [tensor]
     tensor = tensor.contiguous()
     shards = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(shards, tensor, group=group)
-    return in_order(shards, dim)
+    return shards
