@@ -38,6 +38,22 @@ class Declarations:
     padded_vocab_size: int
 
 
+def build_context(config: Config, vocab_size: int) -> BuildContext:
+    """What plugins may know of a recipe's model, before any of them has added to it."""
+    model = config.model
+    return BuildContext(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_heads=model.num_attention_heads,
+        num_kv_heads=model.kv_heads,
+        head_size=model.head_dim,
+        seq_length=model.seq_length,
+        num_positions=model.seq_length,
+        vocab_size=vocab_size,
+        config=config,
+    )
+
+
 def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations:
     """Builds every plugin of the recipe.
 
@@ -57,17 +73,7 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
             f"the padded vocabulary of {padded} is not divisible by {config.parallel.tensor}",
             "choose another tensor-parallel size",
         )
-    context = BuildContext(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_attention_heads,
-        num_kv_heads=model.kv_heads,
-        head_size=model.head_dim,
-        seq_length=model.seq_length,
-        num_positions=model.seq_length,
-        vocab_size=vocab_size,
-        config=config,
-    )
+    context = build_context(config, vocab_size)
     attention = _built(resolved.attention, context, AttentionSpec)
     if attention.sink_token:
         _check_sink_token(config)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from sinkbench import plugins
-from sinkbench.api import BuildContext, LayerCapture
+from sinkbench.api import LayerCapture
 from sinkbench.config import Config
 from sinkbench.errors import DataError, PluginError
 from sinkbench.measure import inputs as probe_inputs
@@ -22,6 +22,7 @@ from sinkbench.measure.inputs import Inputs, Tokens
 from sinkbench.measure.observations import Observations
 from sinkbench.measure.results import Result
 from sinkbench.measure.settings import Settings
+from sinkbench.model import build_context
 
 Advance = Callable[[int, int], None]
 """Called with sequences done and sequences in all."""
@@ -129,19 +130,8 @@ def build_metrics(opened: OpenModel, shape: tuple[int, ...], settings: Settings)
     """
     config = _as_recipe(opened, shape, settings)
     chosen = plugins.resolve_metrics(config, plugins.discover())
-    model = config.model
-    assert model.vocab_size is not None
-    context = BuildContext(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_heads=model.num_attention_heads,
-        num_kv_heads=model.kv_heads,
-        head_size=model.head_dim,
-        seq_length=model.seq_length,
-        num_positions=model.seq_length,
-        vocab_size=model.vocab_size,
-        config=config,
-    )
+    assert config.model.vocab_size is not None
+    context = build_context(config, config.model.vocab_size)
     return {c.plugin.name: c.plugin.build(c.params, context) for c in chosen}
 
 
