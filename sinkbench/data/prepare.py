@@ -14,8 +14,9 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,8 @@ SAMPLE_CHARS = 32 << 20
 """Text on which a tokenizer is trained."""
 
 _WORK = ".prepare"
+_MARKER = "request.json"
+"""In the work folder: what is being prepared."""
 _log = logging.getLogger(__name__)
 
 
@@ -106,14 +109,16 @@ def prepare(
             try:
                 manifest = _finished(folder, request_hash)
                 if manifest is None:
+                    _check_ours(folder)
                     workers = workers or available_cores()
                     manifest = _Job(request, request_hash, folder, workers, progress, unit_bytes).run()
             except DataError:
-                shutil.rmtree(work)
-                if created and not any(folder.iterdir()):
-                    folder.rmdir()
+                _discard(work)
+                if created:
+                    with suppress(OSError):  # not empty: another process has begun
+                        folder.rmdir()
                 raise
-            shutil.rmtree(work)
+            _discard(work)
             return manifest
     except OSError as error:
         problem = f"cannot be written ({error.strerror or error})"
@@ -148,29 +153,59 @@ def _finished(folder: Path, request_hash: str) -> Manifest | None:
         raise DataError(str(folder), problem, "choose another folder, or remove it")
     if folder.exists() and not folder.is_dir():
         raise DataError(str(folder), "is not a folder", "choose another path")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _WORK).is_dir():
-        raise DataError(str(folder), "is not empty", "choose another folder")
     return None
+
+
+def _check_ours(folder: Path) -> None:
+    """Call it under the lock: only then is a folder without a manifest or a marker nobody's work.
+
+    Raises:
+        DataError: the folder holds files that no preparation wrote.
+    """
+    foreign = any(not entry.name.startswith(_WORK) for entry in folder.iterdir())
+    if foreign and not (folder / _WORK / _MARKER).exists():
+        raise DataError(str(folder), "is not empty", "choose another folder")
+
+
+def _discard(work: Path) -> None:
+    """Removes the work folder and the lock in it, by way of another name: a process that waits for the
+    lock may make both again meanwhile."""
+    doomed = work.with_name(f"{_WORK}.{os.getpid()}.{threading.get_ident()}")
+    work.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Holds an exclusive lock on a file that its holder may remove."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR)
+        except (FileNotFoundError, FileExistsError):  # its holder removed it in between
+            if path.parent.is_file():
+                raise
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             _log.info("waiting for another process that prepares %s", path.parent.parent)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+        if _is_at(path, descriptor):
             break
         os.close(descriptor)
     try:
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file still has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -212,7 +247,7 @@ class _Job:
 
     def _start_or_resume(self) -> None:
         """Keeps the shards and the tokenizer of an interrupted run of the same request, and no others."""
-        marker = self._work / "request.json"
+        marker = self._work / _MARKER
         wanted = json.dumps([self._request_hash, self._unit_bytes])
         if marker.exists() and marker.read_text() == wanted:
             _log.info("%s: going on with an interrupted preparation", self._folder)

@@ -309,7 +309,34 @@ def test_processes_that_ask_at_once_prepare_once(
     once = counter.shards
     prepare(request(corpus, model), tmp_path / "fresh", workers=1, unit_bytes=500)
     assert counter.shards == 2 * once
-    assert not (tmp_path / "out" / ".prepare").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_the_lock_may_be_made_and_removed_by_many_at_once(tmp_path: Path) -> None:
+    work = tmp_path / "out" / ".prepare"
+    inside: list[int] = []
+    most: list[int] = []
+    failures: list[BaseException] = []
+
+    def hold() -> None:
+        try:
+            for _ in range(50):
+                with prepare_module._lock(work / "lock"):
+                    inside.append(1)
+                    most.append(len(inside))
+                    inside.pop()
+                    prepare_module._discard(work)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=hold) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert most == [1] * 400
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_recipe_prepares_on_first_use(
