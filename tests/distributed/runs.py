@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from sinkbench import plugins, recipe
 from sinkbench.config import Config
 from sinkbench.plugins import Resolved
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 
 SHORT = (
     "name=short",

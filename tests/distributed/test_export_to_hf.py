@@ -10,8 +10,8 @@ import torch
 
 from sinkbench.export import from_hf, to_hf
 from sinkbench.export.stored import StoredTensors
+from sinkbench.testing import RunDistributed
 from tests.distributed.exports import LLAMA, SMALL, check_exports, probe_tokens, rank_writes
-from tests.distributed.harness import RunDistributed
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.timeout(900)  # the fixture exports and checks every case

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 from tests.distributed.runs import DEMO, LAYOUTS, SWIGLU, Run, train
 from tests.distributed.token_folder import write_random_text
 

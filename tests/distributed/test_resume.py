@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.harness import RankFailure, RunDistributed
+from sinkbench.testing import RankFailure, RunDistributed
 from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train, whole_tensors
 
 RECIPE = (

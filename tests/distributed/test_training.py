@@ -11,7 +11,7 @@ import torch
 
 from sinkbench import flops
 from sinkbench.api import Batch, BuildContext, LossSpec, Params, Plugin
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train, whole_tensors
 from tests.distributed.test_layouts import MODELS
 

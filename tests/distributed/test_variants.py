@@ -13,7 +13,7 @@ import torch
 from sinkbench import plugins
 from sinkbench.config import Config
 from sinkbench.errors import PluginError, RecipeError
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 from tests.distributed.runs import prepare
 
 STEPS = 4

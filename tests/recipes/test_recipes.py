@@ -16,7 +16,7 @@ from sinkbench.config import PrepareConfig, TokenizerConfig
 from sinkbench.data.prepare import prepare_cached
 from sinkbench.recipe import Recipe
 from sinkbench.recipe_files import list_recipes, shipped_root
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 
 STEPS = 3
 CORES = 2

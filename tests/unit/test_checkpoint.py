@@ -14,7 +14,7 @@ import pytest
 from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import CheckpointConfig
 from sinkbench.errors import CheckpointError
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 
 LAYOUT = {"tensor": 1, "pipeline": 1}
 ENGINE: Any = SimpleNamespace(layout=SimpleNamespace(is_main=True))

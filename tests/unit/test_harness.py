@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.harness import RankFailure, RunDistributed
+from sinkbench.testing import RankFailure, RunDistributed
 
 STATE: list[int] = []
 
@@ -154,7 +154,7 @@ def writes_pid(rank: int, world_size: int, folder: Path) -> None:
 
 def test_ranks_die_with_the_test_process(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from tests.distributed.harness import run_distributed;"
+        "from pathlib import Path; from sinkbench.testing import run_distributed;"
         "from tests.unit.test_harness import writes_pid;"
         f"run_distributed(2, writes_pid, Path({str(tmp_path)!r}))"
     )

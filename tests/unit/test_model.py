@@ -12,7 +12,7 @@ import torch
 
 from sinkbench.api import LayerCapture, Observation
 from sinkbench.data.source import open_source
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 from tests.distributed.runs import prepare, train, whole_tensors
 from tests.unit import brute_force
 

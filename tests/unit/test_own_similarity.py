@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 from tests.unit.conftest import Install
 
 SOURCE = """\

@@ -23,7 +23,7 @@ import pytest
 
 from sinkbench.errors import CheckpointError
 from sinkbench.measure.runs import find_checkpoint
-from tests.distributed.harness import RunDistributed
+from sinkbench.testing import RunDistributed
 from tests.unit.data_folder import write_folder
 from tests.unit.test_wrong_input import contents
 

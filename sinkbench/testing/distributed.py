@@ -3,7 +3,8 @@
 A template process imports torch and sinkbench once per session; every run forks its ranks from it,
 which takes a tenth of a second. So each run starts from a clean interpreter state (no parallel state,
 random state or environment left by the test before), and a failing or hanging rank costs the next
-test nothing. Linux only, as the fork server is.
+test nothing. The template is a fresh interpreter on the CPU: a caller that uses CUDA is not forked.
+Linux only, as the fork server is.
 """
 
 from __future__ import annotations
@@ -33,9 +34,7 @@ GRACE_SECONDS = 0.5
 """After a rank failed: the time the others have to fail too, before they are killed."""
 
 _context = multiprocessing.get_context("forkserver")
-# Found from the repository root only (before Python 3.14 the template has no other path); elsewhere
-# every rank imports what it needs.
-_context.set_forkserver_preload(["tests.distributed.template"])
+_context.set_forkserver_preload(["sinkbench.testing.template"])
 
 
 class RankFailure(AssertionError):
