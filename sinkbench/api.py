@@ -37,11 +37,14 @@ __all__ = [
     "FeatureMap",
     "ForwardMetric",
     "Forwards",
+    "HeadTransform",
+    "Heads",
     "LayerCapture",
     "LossSpec",
     "Metric",
     "NormalizationSpec",
     "Observation",
+    "OutputGate",
     "ParameterSpec",
     "Params",
     "Plugin",
@@ -118,8 +121,8 @@ class ParameterSpec:
     """A learned parameter that a plugin declares.
 
     Attributes:
-        shape: sizes, or the names "heads", "kv_heads", "head_size", "hidden". The core splits a
-            leading "heads" or "kv_heads" over tensor-parallel ranks and replicates the rest.
+        shape: sizes, or the names "heads", "kv_heads", "head_size", "hidden"; () for a single number. The
+            core splits a leading "heads" or "kv_heads" over tensor-parallel ranks and replicates the rest.
         mean: mean of the initial value.
         std: standard deviation of the normal initial value; 0 gives a constant.
     """
@@ -203,6 +206,54 @@ class ExtraSlot:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Heads:
+    """One layer's heads on a tensor-parallel rank, as its projections give them, before rotary.
+
+    Attributes:
+        query: [..., h, d].
+        key, value: [..., g, d], one per kv head.
+        first_value: the values [..., g, d] of layer 1, as its projection gave them (in layer 1 these are
+            ``value``), if the transform asks for them.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    first_value: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadTransform:
+    """A change to queries, keys and values, position by position: a norm of them, a mix with the values of
+    the first layer. An extra slot is not changed.
+
+    Attributes:
+        function: (heads, parameters by name) -> heads of the same shapes; ``first_value`` is not read.
+        parameters: names of declared parameters that it needs.
+        first_value: it needs the values of layer 1.
+    """
+
+    function: Callable[[Heads, Mapping[str, Tensor]], Heads]
+    parameters: tuple[str, ...] = ()
+    first_value: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputGate:
+    """A factor on the output of each head, from the layer's input at the same position.
+
+    Attributes:
+        function: (input [..., n], parameters by name) -> [..., h] or [..., h, d]. The input is what the
+            projections read, after the norm if there is one before them. A parameter whose shape begins with
+            "heads" comes with this rank's heads.
+        parameters: names of declared parameters that it needs.
+    """
+
+    function: Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+    parameters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """The declaration of an attention variant: O = A V with A = output_scale rule(scale q.k + bias).
 
@@ -216,11 +267,13 @@ class AttentionSpec:
         score_bias: a constant added to every score, or the name of a declared parameter of shape
             ("heads",).
         window: a query sees this many newest keys, itself included; None means all.
+        head_transform: changes queries, keys and values before rotary.
         feature_map: maps queries and keys before their product.
         extra_slot: one more key and value.
         output_scale: factor on the weights, so that softmax rows sum to it.
         output_bias: name of a declared parameter of shape ("heads", "head_size") or ("head_size",),
             added to the output of each head.
+        output_gate: factor on the output of each head, after the bias.
         combine: "concat" projects the concatenated heads; "sum" adds them and projects the sum.
         sink_token: a learned token stands before every sequence, at position 0.
     """
@@ -230,12 +283,38 @@ class AttentionSpec:
     scale: float | None = None
     score_bias: float | str | None = None
     window: int | None = None
+    head_transform: HeadTransform | None = None
     feature_map: FeatureMap | None = None
     extra_slot: ExtraSlot | None = None
     output_scale: float = 1.0
     output_bias: str | None = None
+    output_gate: OutputGate | None = None
     combine: Literal["concat", "sum"] = "concat"
     sink_token: bool = False
+
+    @property
+    def carries_first_value(self) -> bool:
+        """Layers need the values of layer 1."""
+        return self.head_transform is not None and self.head_transform.first_value
+
+    def __post_init__(self) -> None:
+        undeclared = sorted(self._named() - self.parameters.keys())
+        if undeclared:
+            raise PluginError(
+                "AttentionSpec",
+                f"names {', '.join(undeclared)}, which is not declared",
+                "add it to parameters",
+            )
+
+    def _named(self) -> set[str]:
+        """Declared parameters that the parts of this declaration speak of."""
+        slot, rule = self.extra_slot, self.rule
+        names: set[Any] = {self.score_bias, self.output_bias}
+        names |= {rule.sink_logit} if isinstance(rule, Softmax) else set()
+        names |= {slot.key, slot.value} if slot is not None else set()
+        for part in (self.head_transform, self.feature_map, self.output_gate):
+            names |= set(part.parameters) if part is not None else set()
+        return {name for name in names if isinstance(name, str)}
 
 
 # --- normalization and position -----------------------------------------------------------------
@@ -359,7 +438,7 @@ class LayerCapture:
             computed when asked for depends on the length; ``weight_blocks`` works at any.
         slot_bhq: weight of the extra slot or of the sink token, if the model has one; the sink token
             is in none of the other tensors.
-        query_bhsd, key_bhsd, value_bhsd: after rotary; keys and values one per kv head.
+        query_bhsd, key_bhsd, value_bhsd: after a head transform and rotary; keys and values one per kv head.
         input_bsn, output_bsn: the residual stream before and after the layer.
         batch: the probe batch (tokens_bs, and what the data source added).
     """

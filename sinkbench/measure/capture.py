@@ -66,6 +66,7 @@ class Recorder:
         if spec.sink_token:
             weights, slot = weights[:, :, 1:, 1:], weights[:, :, 1:, 0]
         first = int(spec.sink_token)
+        output_sbn = output[0][..., : layer.config.hidden_size]  # values for the next stage may follow
         capture = LayerCapture(
             layer=number,
             weight_rows=lambda start, end: weights[:, :, start:end],
@@ -74,7 +75,7 @@ class Recorder:
             key_bhsd=self._heads(key)[:, :, first:],
             value_bhsd=self._heads(value)[:, :, first:],
             input_bsn=self._hidden(kwargs["hidden_states"], layer.config.sequence_parallel)[:, first:],
-            output_bsn=self._hidden(output[0], layer.config.sequence_parallel)[:, first:],
+            output_bsn=self._hidden(output_sbn, layer.config.sequence_parallel)[:, first:],
             batch=self.micro_batches[len(seen)],
         )
         seen.append({name: metric.observe(capture) for name, metric in self.metrics.items()})

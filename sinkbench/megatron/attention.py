@@ -5,7 +5,7 @@ Shapes: s local position, b sequence, h local head, g local kv head, d head size
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from sinkbench.api import AttentionSpec, ParameterSpec, ScoreBias
+from sinkbench.api import AttentionSpec, Heads, HeadTransform, OutputGate, ParameterSpec, ScoreBias
 from sinkbench.attention import reference
 from sinkbench.attention.backends import Backend
 from sinkbench.attention.reference import Problem
@@ -93,6 +93,10 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
     def _parameters_for_heads(self, declared: dict[str, str]) -> dict[str, Tensor]:
         return {name: for_heads(getattr(self, at), self.tp_group) for name, at in declared.items()}
 
+    def parameters_named(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Declared parameters of the attention, as this rank's heads use them."""
+        return self._parameters_for_heads({name: self.declared[name] for name in names})
+
     def problem(self, query_sbhd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor) -> Problem:
         """This rank's part of the attention: its queries, the keys and values of all positions."""
         cp, device = self.cp_group.size(), query_sbhd.device
@@ -165,9 +169,17 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
     each kv head's queries, key and value lie together in the fused projection, as in megatron."""
 
     def __init__(
-        self, config: TransformerConfig, parts: AttentionParts, pg_collection: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        parts: AttentionParts,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
+        self.is_first = layer_number == 1
+        self.transform = parts.spec.head_transform
+        self.gate = parts.spec.output_gate
+        self.tp_group = pg_collection.tp
         self.local_groups = config.num_query_groups // pg_collection.tp.size()
         self.queries_per_group = config.num_attention_heads // config.num_query_groups
         width = config.kv_channels * config.num_attention_heads
@@ -199,26 +211,53 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         )
 
-    def forward(self, hidden_sbn: Tensor, rotary: Tensor | None) -> Tensor:
-        """hidden [s, b, n] (sequence parallel: this rank's share) -> the same shape.
+    def forward(
+        self, hidden_sbn: Tensor, rotary: Tensor | None, first_value: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [s, b, n] (sequence parallel: this rank's share) -> the same shape, and the values of layer
+        1 for the next layer, if the attention uses them.
 
         Args:
             rotary: cosine and sine of the local positions, [2, s, r/2], or None.
+            first_value: the values of layer 1 [s, b, g, d], for layers after it.
         """
         mixed, _ = self.linear_qkv(hidden_sbn)
         query, key, value = self._split(mixed)
+        if self.transform is not None:
+            if self.transform.first_value and self.is_first:
+                first_value = value
+            query, key, value = self._transformed(
+                self.transform, Heads(query=query, key=key, value=value, first_value=first_value)
+            )
         if rotary is not None:
             cos, sin = rotary[:, :, None, None]
             query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         if self.recompute_core and self.training:
-            heads: Tensor = tensor_parallel.checkpoint(self.core, False, query, key, value)
+            attended: Tensor = tensor_parallel.checkpoint(self.core, False, query, key, value)
         else:
-            heads = self.core(query, key, value)
+            attended = self.core(query, key, value)
+        if self.gate is not None:
+            attended = attended * self._factor(self.gate, hidden_sbn)
         if isinstance(self.linear_proj, SummedProjection):
-            summed: Tensor = self.linear_proj(heads)
-            return summed
-        output: Tensor = self.linear_proj(heads.flatten(2))[0]
-        return output
+            output: Tensor = self.linear_proj(attended)
+        else:
+            output = self.linear_proj(attended.flatten(2))[0]
+        return output, first_value
+
+    def _transformed(self, transform: HeadTransform, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+        changed = transform.function(heads, self.core.parameters_named(transform.parameters))
+        dtype = heads.query.dtype
+        return changed.query.to(dtype), changed.key.to(dtype), changed.value.to(dtype)
+
+    def _factor(self, gate: OutputGate, hidden_sbn: Tensor) -> Tensor:
+        """The gate of this rank's heads, [s, b, h, d] or [s, b, h, 1]. Its gradient with respect to the
+        input is summed over ranks, as a column-parallel projection's is."""
+        if self.config.sequence_parallel:
+            hidden_sbn = tensor_parallel.gather_from_sequence_parallel_region(hidden_sbn, group=self.tp_group)
+        elif self.tp_group.size() > 1:
+            hidden_sbn = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_sbn, group=self.tp_group)
+        factor = gate.function(hidden_sbn, self.core.parameters_named(gate.parameters)).to(hidden_sbn.dtype)
+        return factor[..., None] if factor.dim() == hidden_sbn.dim() else factor
 
     def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d = self.config.kv_channels

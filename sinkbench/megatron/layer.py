@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sinkbench.api import NormalizationSpec
 from sinkbench.megatron.attention import AttentionParts, SelfAttention
+from sinkbench.megatron.first_value import FirstValue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,9 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         )
         self.location = submodules.normalization.location
         self.parallel_residual = submodules.parallel_residual
-        self.attention = SelfAttention(config, submodules.attention, pg_collection)
+        self.attention = SelfAttention(config, submodules.attention, self.layer_number, pg_collection)
+        self.to_next_stage: FirstValue | None = None
+        """Set on the last layer of a stage whose followers need the values of layer 1."""
         linears = MLPSubmodules(
             linear_fc1=tensor_parallel.ColumnParallelLinear,
             linear_fc2=tensor_parallel.RowParallelLinear,
@@ -87,24 +90,32 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         self,
         hidden_states: Tensor,
         attention_mask: None = None,
-        context: None = None,
+        context: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         **_: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, n] -> the same shape. TransformerBlock passes more arguments than a
-        decoder needs; masks follow from positions."""
+        decoder needs; masks follow from positions. What it carries from layer to layer for
+        cross-attention carries the values of layer 1 here."""
+        first_value = context
 
         def attention(x: Tensor) -> Tensor:
-            attended: Tensor = self.attention(x, rotary_pos_emb)
+            nonlocal first_value
+            attended: Tensor
+            attended, first_value = self.attention(x, rotary_pos_emb, first_value)
             return attended
 
         if self.parallel_residual:
             added = self._added(hidden_states, attention, "attention")
-            return hidden_states + added + self._added(hidden_states, self._mlp, "mlp"), None
-        hidden_states = self._around(hidden_states, attention, "attention")
-        if self.mlp is not None:
-            hidden_states = self._around(hidden_states, self._mlp, "mlp")
-        return hidden_states, None
+            hidden_states = hidden_states + added + self._added(hidden_states, self._mlp, "mlp")
+        else:
+            hidden_states = self._around(hidden_states, attention, "attention")
+            if self.mlp is not None:
+                hidden_states = self._around(hidden_states, self._mlp, "mlp")
+        if self.to_next_stage is not None:
+            assert first_value is not None
+            hidden_states = self.to_next_stage.join(hidden_states, first_value)
+        return hidden_states, first_value
 
     def _mlp(self, x: Tensor) -> Tensor:
         assert self.mlp is not None

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sinkbench.api import Batch, LossSpec, PositionalSpec
 from sinkbench.attention import reference
+from sinkbench.megatron.first_value import FirstValue
 from sinkbench.megatron.initialise import seeded
 from sinkbench.megatron.layer import LayerParts, layer_specs, make_norm
 from sinkbench.megatron.sequence import local_positions
@@ -111,6 +112,9 @@ class Network(LanguageModule):  # type: ignore[misc]
         sink_token = parts.attention.spec.sink_token
         self.leading = int(sink_token)
         """Positions before the first token."""
+        carries = parts.attention.spec.carries_first_value
+        self.carried = FirstValue(config) if carries and config.pipeline_model_parallel_size > 1 else None
+        self._first_value: Tensor | None = None
         if pre_process:
             self.embedding = Embedding(config, vocab_size, positional, sink_token, seed, pg_collection)
         count = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
@@ -123,6 +127,8 @@ class Network(LanguageModule):  # type: ignore[misc]
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        if not post_process:
+            self.decoder.layers[-1].to_next_stage = self.carried
         if post_process:
             post_norm = parts.normalization.location == "post"
             self.final_norm = (
@@ -142,9 +148,18 @@ class Network(LanguageModule):  # type: ignore[misc]
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
-    def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
+    @property
+    def sent_size(self) -> int:
+        """Last dimension of what one pipeline stage sends to the next."""
+        hidden_size: int = self.config.hidden_size
+        return hidden_size + (self.carried.width if self.carried is not None else 0)
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
         """Called by the pipeline schedule with what the previous stage sent."""
-        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+        received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        if self.carried is not None and received is not None:
+            received, self._first_value = self.carried.split(received)
+        self.decoder.set_input_tensor(received)
 
     def forward(self, batch: Batch) -> Tensor:
         """A stage's output: hidden states [s, b, n], or on the last stage the token losses times
@@ -154,8 +169,12 @@ class Network(LanguageModule):  # type: ignore[misc]
         position = local_positions(tokens.shape[1], self.cp_group, tokens.device)
         place = local_positions(tokens.shape[1] + self.leading, self.cp_group, tokens.device)
         embedded = self.embedding(tokens[:, position], place) if self.pre_process else None
+        first_value, self._first_value = self._first_value, None
         hidden: Tensor = self.decoder(
-            hidden_states=embedded, attention_mask=None, rotary_pos_emb=self._rotation(place)
+            hidden_states=embedded,
+            attention_mask=None,
+            context=first_value,
+            rotary_pos_emb=self._rotation(place),
         )
         if not self.post_process:
             return hidden

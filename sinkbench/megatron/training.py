@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from sinkbench.api import Batch
 from sinkbench.config import Config
+from sinkbench.megatron.network import Network
 from sinkbench.megatron.optimizer import make_optimizer, make_scheduler
 from sinkbench.megatron.parallel import Layout
 from sinkbench.megatron.sequence import local_positions
@@ -44,10 +46,13 @@ class Engine:
         self.config = config
         self.layout = layout
         self.networks = list(stages)
+        # Of the schedule, which takes the shape of what stages send from it.
+        self._transformer = copy.copy(self.networks[0].config)
+        self._transformer.hidden_size = self.networks[0].sent_size
         self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
         self.optimizer = make_optimizer(config, self.stages)
         self.scheduler = make_scheduler(config, self.optimizer)
-        transformer = self.networks[0].config
+        transformer = self._transformer
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = self.optimizer.scale_loss
         if config.parallel.overlap:
@@ -58,14 +63,14 @@ class Engine:
                 transformer.grad_sync_func = start
         self._forward_backward = get_forward_backward_func()
 
-    def _wrap(self, stage: torch.nn.Module, index: int) -> Any:
+    def _wrap(self, stage: Network, index: int) -> Any:
         ddp = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             overlap_grad_reduce=self.config.parallel.overlap,
             use_distributed_optimizer=True,
         )
         return DistributedDataParallel(
-            config=stage.config,
+            config=self._transformer,
             ddp_config=ddp,
             module=stage,
             disable_bucketing=index > 0,
