@@ -189,12 +189,14 @@ class SinkbenchForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int = 0,
+        cache: Any = None,
         **kwargs: Any,
     ) -> SinkbenchOutput | tuple[Any, ...]:
         """As other causal language models of transformers.
 
         Args:
             attention_mask: [b, s], 1 for tokens and 0 for padding, those in the cache included.
+            cache: what transformers calls ``past_key_values`` since 5.24.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -206,11 +208,11 @@ class SinkbenchForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             output_attentions = bool(config.output_attentions)
         if self.model.gradient_checkpointing and self.training:
             use_cache = False
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache()
         embedded = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = None if attention_mask is None else attention_mask.bool()
-        cache = past_key_values
         hidden, before, attentions, slots = self.model(embedded, mask, position_ids, cache, output_attentions)
         kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         logits = self.lm_head(kept)
