@@ -5,14 +5,14 @@ Shapes: b sequence, s position, n hidden size, h head, g kv head, d head size, q
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sinkbench.api import ParameterSpec
+from sinkbench.api import Heads, ParameterSpec
 from sinkbench.attention.reference import Problem, attend, rotate, weights
 from sinkbench.attention.sdpa import run as fused_softmax
 from sinkbench.export.configuration import SinkbenchConfig
@@ -98,37 +98,62 @@ class Attention(nn.Module):
         tokens: list[Tokens],
         cache: Any,
         output_attentions: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the output [b, s, n] and, if wanted, the weights [b, h, q, k] and those of the extra
-        slot [b, h, q]; padding has zeros.
+        first_value: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the output [b, s, n]; if wanted, the weights [b, h, q, k] and those of the extra slot
+        [b, h, q], where padding has zeros; and the values of layer 1, if the attention uses them.
 
         Args:
             rotary: cosine and sine [2, b, s, r/2].
+            first_value: the values of layer 1 [b, s, g, d], for layers after it.
         """
-        query, key, value = (
-            projection(hidden_bsn).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        projected = [p(hidden_bsn).unflatten(-1, (-1, self.config.head_dim)) for p in projections]
+        if self.number == 0 and self.spec.carries_first_value:
+            first_value = projected[2]
+        query, key, value = (x.transpose(1, 2) for x in self._transformed(projected, first_value))
         if rotary is not None:
             cos, sin = rotary[:, :, None]
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if cache is not None:
             key, value = cache.update(key, value, self.number)
         problems = [self._problem(query, key, value, t) for t in tokens]
-        run = fused_softmax if self.config._attn_implementation == "sdpa" else attend
-        heads_bhsd = self._placed([run(p) for p in problems], tokens, query.shape)
+        heads_bhsd = self._placed([self.attend(p) for p in problems], tokens, query.shape)
+        if self.spec.output_gate is not None:
+            gate = self.spec.output_gate
+            factor = gate.function(hidden_bsn, self._declared_values(gate.parameters)).to(heads_bhsd.dtype)
+            factor = factor[..., None] if factor.dim() == hidden_bsn.dim() else factor
+            heads_bhsd = heads_bhsd * factor.transpose(1, 2)
         if self.spec.combine == "sum":
             output: Tensor = self.o_proj(heads_bhsd.sum(1))
         else:
             output = self.o_proj(heads_bhsd.transpose(1, 2).flatten(2))
         if not output_attentions:
-            return output, None, None
+            return output, None, None, first_value
         measured = [weights(p) for p in problems]
         shape = (*query.shape[:3], key.shape[2])
         attention = self._placed([w for w, _ in measured], tokens, shape, over_keys=True)
         slots = [slot[..., None] for _, slot in measured if slot is not None]
         slot = self._placed(slots, tokens, (*query.shape[:3], 1))[..., 0] if slots else None
-        return output, attention, slot
+        return output, attention, slot, first_value
+
+    def _transformed(self, projected: list[Tensor], first_value: Tensor | None) -> tuple[Tensor, ...]:
+        """Query, key and value [b, s, ., d], as the declaration changes them."""
+        query, key, value = projected
+        transform = self.spec.head_transform
+        if transform is None:
+            return query, key, value
+        heads = Heads(query=query, key=key, value=value, first_value=first_value)
+        changed = transform.function(heads, self._declared_values(transform.parameters))
+        return tuple(x.to(query.dtype) for x in (changed.query, changed.key, changed.value))
+
+    def _declared_values(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: self.core[name] for name in names}
+
+    def attend(self, problem: Problem) -> Tensor:
+        """O = A V, [b, h, q, d]. ``sinkbench measure`` watches here."""
+        run = fused_softmax if self.config._attn_implementation == "sdpa" else attend
+        return run(problem)
 
     def _problem(self, query: Tensor, key: Tensor, value: Tensor, tokens: Tokens) -> Problem:
         if tokens.sequence is not None:
@@ -146,7 +171,7 @@ class Attention(nn.Module):
             aligned=tokens.position_q.numel() == tokens.position_k.numel(),
             scale=self.scale,
             heads=torch.arange(self.config.num_attention_heads, device=query.device),
-            parameters={name: self.core[name] for name in self.spec.parameters},
+            parameters=self._declared_values(self.spec.parameters),
             position_bias=self.position_bias,
             position_parameters={name: self.core[f"position_{name}"] for name in of_position},
             prefix=self._prefix(),
@@ -214,14 +239,14 @@ class Layer(nn.Module):
         norm = declared.normalization.norm
         self.norms = nn.ModuleDict({name: built(lambda: norm(config.hidden_size)) for name in names})
 
-    def forward(self, x: Tensor, *attention_arguments: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, x: Tensor, *attention_arguments: Any) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
         """x [b, s, n] -> the same shape, and what ``Attention`` returns beside its output."""
-        attended, attention, slot = self.self_attn(self._read(x, "attention"), *attention_arguments)
+        attended, *beside = self.self_attn(self._read(x, "attention"), *attention_arguments)
         after = self._write(x, attended, "attention")
         if self.mlp is not None:
             read = x if self.parallel_residual else after
             after = self._write(after, self.mlp(self._read(read, "mlp")), "mlp")
-        return after, attention, slot
+        return after, *beside
 
     def _read(self, x: Tensor, sublayer: str) -> Tensor:
         return x if self.location == "post" else self.norms[f"{sublayer}_input"](x)

@@ -81,14 +81,15 @@ class Decoder(nn.Module):
             position_bs = _positions(mask_bk, past, length, embedded_bsn.device)
         hidden, rotary = self._placed(embedded_bsn, position_bs)
         before, attentions, slots = [], [], []
+        first_value = None
         for layer in self.layers:
             before.append(hidden)
-            arguments = (hidden, rotary, tokens, cache, output_attentions)
+            arguments = (hidden, rotary, tokens, cache, output_attentions, first_value)
             if self.gradient_checkpointing and self.training:
                 recomputed: Any = self._gradient_checkpointing_func
-                hidden, attention, slot = recomputed(layer.__call__, *arguments)
+                hidden, attention, slot, first_value = recomputed(layer.__call__, *arguments)
             else:
-                hidden, attention, slot = layer(*arguments)
+                hidden, attention, slot, first_value = layer(*arguments)
             if attention is not None and leading:
                 slot, attention = attention[:, :, :, 0], attention[:, :, :, 1:]
             attentions.append(attention)

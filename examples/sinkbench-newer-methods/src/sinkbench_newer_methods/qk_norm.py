@@ -1,7 +1,7 @@
 """QK-norm (Henry et al. 2010.04245; with RMSNorm and a gain as in Dehghani et al. 2302.05442).
 
-s = norm(q) . norm(k) / sqrt(d), each vector divided by its root mean square and scaled by a learned gain, before
-the rotary embedding. Its recipe adds a norm after each sublayer too (sandwich norm, Ding et al. 2105.13290).
+s = norm(q) . norm(k) / sqrt(d), each vector divided by its root mean square and scaled by a learned gain,
+before the rotary embedding. Its recipe adds a norm after each sublayer (sandwich norm, 2105.13290).
 The claim: logits cannot grow, so training is more stable at high learning rates; sinks are as prevalent.
 """
 
@@ -18,8 +18,8 @@ from sinkbench.api import (
     BuildContext,
     Heads,
     HeadTransform,
-    Params,
     ParameterSpec,
+    Params,
     Plugin,
     Softmax,
     hookimpl,

@@ -6,7 +6,7 @@ The claim: it enables a head to attend to nothing, as a sink does, without a tok
 
 from __future__ import annotations
 
-from sinkbench.api import AttentionSpec, BuildContext, Params, ParameterSpec, Plugin, Softmax, hookimpl
+from sinkbench.api import AttentionSpec, BuildContext, ParameterSpec, Params, Plugin, Softmax, hookimpl
 
 
 class SinkLogitParams(Params):

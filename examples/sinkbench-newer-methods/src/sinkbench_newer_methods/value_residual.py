@@ -1,7 +1,7 @@
 """Value residual learning (ResFormer, Zhou et al. 2410.17897).
 
 V'_l = a V_l + b V_1: every layer mixes the values of the first one into its own. The claim: it weakens the
-sink, massive activations and value drain of later layers, and reaches the same loss with 16 % fewer parameters.
+sink, massive activations and value drain of later layers, and the same loss takes 16 % fewer parameters.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from sinkbench.api import (
     BuildContext,
     Heads,
     HeadTransform,
-    Params,
     ParameterSpec,
+    Params,
     Plugin,
     Softmax,
     hookimpl,
