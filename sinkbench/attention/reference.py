@@ -7,7 +7,7 @@ Shapes: b sequence of the batch, h head, g kv head, q query position, k key posi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -35,6 +35,8 @@ class Problem:
         parameters: the declared parameters; one that is split over heads has those heads' rows.
         position_bias: of the positional plugin, with ``position_parameters``.
         prefix: the first so many positions see one another.
+        visible: (position_q [q, 1], position_k [1, k]) -> bool: what of the rest a query may still see. For
+            measurement: this reference heeds it, kernels do not.
     """
 
     spec: AttentionSpec
@@ -50,6 +52,7 @@ class Problem:
     position_bias: ScoreBias | None = None
     position_parameters: Mapping[str, Tensor] = field(default_factory=dict)
     prefix: int = 0
+    visible: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def in_float32(self) -> Problem:
         """The same problem for measurement."""
@@ -126,6 +129,8 @@ def _weights(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> tuple[Tensor
         distance = position_q[:, None] - p.position_k[None, :]
         score = score + p.position_bias.function(distance, p.heads, p.position_parameters)
     allowed = allowed_qk(position_q, p.position_k, p.spec.window, p.prefix)
+    if p.visible is not None:
+        allowed = allowed & p.visible(position_q[:, None], p.position_k[None, :])
     slot = p.spec.extra_slot
     if slot is None:
         return p.spec.output_scale * _rule(p, score, allowed), None

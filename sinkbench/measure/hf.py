@@ -16,6 +16,7 @@ from sinkbench.config import Config
 from sinkbench.errors import DataError, PluginError
 from sinkbench.measure import inputs as probe_inputs
 from sinkbench.measure.hf_capture import LayerWatcher
+from sinkbench.measure.hf_export import is_export
 from sinkbench.measure.hf_forwards import OpenForwards
 from sinkbench.measure.hf_load import OpenModel
 from sinkbench.measure.inputs import Inputs, Tokens
@@ -94,20 +95,25 @@ def _measure(
     observations = Observations({name: m for name, m in built.items() if hasattr(m, "observe")})
 
     def receive(capture: LayerCapture) -> None:
-        # a look at the first query is enough to tell a model that sees the future
-        if capture.layer == min(watcher.with_attention) and capture.weight_rows(0, 1)[..., 1:].any():
+        # A look at the first query is enough to tell a model that sees the future, as only a prefix may.
+        first = capture.layer == min(watcher.with_attention)
+        if first and not prefix and capture.weight_rows(0, 1)[..., 1:].any():
             raise DataError(
                 opened.place.target, "its attention is not causal", "give a causal language model"
             )
         observations.add(capture)
 
+    prefix = getattr(opened.config, "bidirectional_prefix", 0)
     watcher = LayerWatcher(model, streaming=settings.streaming, receive=receive)
     batches = torch.as_tensor(tokens).split(settings.open_batch_size)
     advance(0, len(tokens))
     with torch.no_grad(), watcher.attached():
         for number, batch in enumerate(batches, start=1):
             watcher.batch = {"tokens": batch.to(model.device)}
-            model.base_model(input_ids=watcher.batch["tokens"], use_cache=False)
+            if is_export(model):
+                model(input_ids=watcher.batch["tokens"], use_cache=False, logits_to_keep=1)
+            else:
+                model.base_model(input_ids=watcher.batch["tokens"], use_cache=False)
             if not watcher.with_attention:
                 remedy = "give a model with attention layers"
                 raise DataError(opened.place.target, "no attention was found in its layers", remedy)

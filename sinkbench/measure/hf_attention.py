@@ -2,7 +2,7 @@
 
 Families that go through transformers' attention interface (nearly all) are given an attention function
 and a mask function of ours, so that one place sees every family's queries, keys, values and masks.
-BLOOM and Falcon, which do not, are read by hooks on their attention modules.
+BLOOM and Falcon, which do not, are read by hooks on their attention modules, our exports by ``hf_export``.
 
 Shapes: b sequence, h head, g kv head, s position, q query, k key, d head size.
 """
@@ -25,6 +25,7 @@ from transformers.masking_utils import and_masks, causal_mask_function, eager_ma
 
 from sinkbench.api import BLOCK_ELEMENTS
 from sinkbench.errors import DataError
+from sinkbench.measure.hf_export import ExportedCall, is_export, watching_export
 
 NAME = "sinkbench"
 """Of our attention and mask functions in transformers' registries."""
@@ -48,6 +49,7 @@ class AttentionCall:
         bias_bhk: added to the scores (ALiBi), already scaled.
         mask: what a query may see.
         weights_bhqk: the weights as the model computed them, if it did.
+        leading: positions before the first token.
     """
 
     query_bhsd: Tensor
@@ -59,6 +61,7 @@ class AttentionCall:
     bias_bhk: Tensor | None = None
     mask: Mask = causal_mask_function
     weights_bhqk: Tensor | None = None
+    leading: int = 0
 
     def rows(self, start: int, end: int) -> Tensor:
         """Weights of the queries start .. end - 1, float32 [b, h, q, k]: those that the model computed,
@@ -136,7 +139,7 @@ class Watch:
     visible: Visible | None = None
     keep: bool = True
     fused: bool = False
-    calls: list[AttentionCall] = field(default_factory=list)
+    calls: list[AttentionCall | ExportedCall] = field(default_factory=list)
 
     def restricted(self, mask: Mask) -> Mask:
         visible = self.visible
@@ -162,6 +165,10 @@ def watching(model: PreTrainedModel, watch: Watch) -> Iterator[None]:
     Raises:
         DataError: on a forward pass, if the model's attention cannot be read.
     """
+    if is_export(model):
+        with watching_export(model, watch):
+            yield
+        return
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     modules: list[Any] = [*model.modules()]

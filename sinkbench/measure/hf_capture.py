@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from sinkbench.api import Batch, LayerCapture
 from sinkbench.errors import DataError
 from sinkbench.measure.hf_attention import AttentionCall, Watch, watching
+from sinkbench.measure.hf_export import ExportedCall
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
@@ -83,11 +84,12 @@ class LayerWatcher:
 
         return hook
 
-    def _capture(self, number: int, call: AttentionCall, output_bsn: Tensor) -> LayerCapture:
+    def _capture(self, number: int, call: AttentionCall | ExportedCall, output_bsn: Tensor) -> LayerCapture:
         assert self._input is not None
         if output_bsn.dim() != 3:
             problem = f"its layers pass on {output_bsn.dim()} dimensions, not sequence, position and size"
             raise DataError(type(self.model).__name__, problem, "measure a model with one residual stream")
+        first = call.leading
         return LayerCapture(
             layer=number,
             weight_rows=call.rows,
@@ -95,7 +97,7 @@ class LayerWatcher:
             query_bhsd=call.query_bhsd.float(),
             key_bhsd=call.key_bgsd.float(),
             value_bhsd=call.value_bgsd.float(),
-            input_bsn=self._input.float(),
-            output_bsn=output_bsn.float(),
+            input_bsn=self._input[:, first:].float(),
+            output_bsn=output_bsn[:, first:].float(),
             batch=self.batch,
         )
