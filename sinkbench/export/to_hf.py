@@ -18,6 +18,7 @@ from torch import Tensor
 from sinkbench import plugins, recipe
 from sinkbench.command import Parser, run_command
 from sinkbench.config import Config, ParallelConfig
+from sinkbench.data.run_tokenizer import find_tokenizer
 from sinkbench.data.tokenizer import Tokenizer
 from sinkbench.errors import HostError, SinkbenchError
 from sinkbench.export import template
@@ -28,7 +29,7 @@ from sinkbench.export.family import LAYER
 from sinkbench.export.pieces import Piece
 from sinkbench.export.safetensors_files import Entry, write_shards
 from sinkbench.export.stored import StoredTensors
-from sinkbench.export.tokenizer import find_tokenizer, write_tokenizer
+from sinkbench.export.tokenizer import write_tokenizer
 from sinkbench.measure.runs import find_checkpoint
 from sinkbench.model import Declarations, declare
 from sinkbench.plugins import Resolved

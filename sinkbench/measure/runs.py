@@ -8,10 +8,11 @@ import numpy as np
 
 from sinkbench import plugins, recipe
 from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore, open_checkpoint
-from sinkbench.config import Config, MeasureConfig, ParallelConfig
+from sinkbench.config import Config, ParallelConfig
+from sinkbench.data.run_tokenizer import find_tokenizer
 from sinkbench.data.source import Arrays, SequenceSource, open_source
 from sinkbench.errors import CheckpointError, DataError
-from sinkbench.measure.inputs import Inputs, random_tokens, repeated_tokens
+from sinkbench.measure.inputs import Encode, Inputs, from_prompts, random_tokens, repeated_tokens
 from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.measure.results import Result
 from sinkbench.measure.settings import Settings
@@ -44,16 +45,15 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
 
     Args:
         target: a run's folder or a checkpoint's, as the user wrote it.
-        inputs: natural takes held-out sequences of the run's own data.
+        inputs: natural takes held-out sequences of the run's own data, or prompts of the settings.
         settings: what they leave open is as in the recipe.
 
     Raises:
         CheckpointError, RecipeError, PluginError, DataError: as the parts say.
     """
-    if settings.bos or settings.prompts is not None:
-        option = "--bos" if settings.bos else "--prompts"
-        remedy = "leave it out: a run is measured on its own held-out data"
-        raise DataError(f"{target}: {option}", "is for models with a tokenizer", remedy)
+    if settings.bos:
+        remedy = "leave it out: a run is trained without one"
+        raise DataError(f"{target}: --bos", "is for open models", remedy)
     config = _for_one_process(checkpoint.recipe, settings)
     resolved = plugins.resolve(config, plugins.discover())
     source = open_source(config)
@@ -67,27 +67,40 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         networks = build_stages(config, declared, layout)
         state.load_weights(networks, checkpoint.folder)
         metrics = build_metrics(resolved.metrics, declared.context)
-        sequences = _sequences(source, inputs, config.measure, settings.seed)
+        sequences = _sequences(config, source, inputs, settings)
         probe = Probe(metrics, sequences, SingleModel(networks, layout), declared.transforms)
         measured = probe.run()
     return Result(
         target=target,
         inputs=inputs,
-        length=config.measure.length,
-        count=config.measure.count,
+        length=sequences["tokens"].shape[1],
+        count=len(sequences["tokens"]),
         bos=False,
         step=checkpoint.step,
+        texts=settings.prompts.name if settings.prompts is not None else None,
         seed=settings.seed,
         metrics=measured,
     )
 
 
-def _sequences(source: SequenceSource, inputs: Inputs, measure: MeasureConfig, seed: int) -> Arrays:
+def _sequences(config: Config, source: SequenceSource, inputs: Inputs, settings: Settings) -> Arrays:
+    length, count = config.measure.length, config.measure.count
+    if settings.prompts is not None:
+        encode = _encoder(config)
+        return {"tokens": from_prompts(settings.prompts, encode, length=length, count=settings.count)}
     if inputs == "natural":
-        return source.probe(measure.count, measure.length)
+        return source.probe(count, length)
     draw = random_tokens if inputs == "random" else repeated_tokens
     usable = np.arange(source.vocab_size)
-    return {"tokens": draw(usable, length=measure.length, count=measure.count, seed=seed)}
+    return {"tokens": draw(usable, length=length, count=count, seed=settings.seed)}
+
+
+def _encoder(config: Config) -> Encode:
+    tokenizer = find_tokenizer(config)
+    if tokenizer is None:
+        remedy = "leave it out: the run is measured on its own held-out data"
+        raise DataError("--prompts", "the run's data are no text", remedy)
+    return lambda text: tokenizer.encode([text])[0].tolist()
 
 
 def _for_one_process(path: Path, settings: Settings) -> Config:

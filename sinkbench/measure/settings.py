@@ -25,7 +25,8 @@ class Settings:
 
     Attributes:
         inputs: kinds of token sequences; each gives a result.
-        prompts: file of natural text, one prompt a line; default: the running Python's documentation.
+        prompts: file of natural text, one prompt a line; default: the running Python's documentation, for
+            a run held-out sequences of its data.
         length: tokens of a sequence, a beginning-of-sequence token among them; default: 64, for a run
             the recipe's.
         count: sequences; default: 100 or as many as the prompts are, for a run the recipe's.
