@@ -1,5 +1,8 @@
 """Fixtures for the tests of a plugin package: found by pytest wherever sinkbench is installed.
 
+    def test_mine(check_plugin):
+        check_plugin("my_name")
+
 Nothing is imported before a test asks for one of them, so that other test runs stay as fast as they were.
 """
 
@@ -10,7 +13,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from sinkbench.testing import RunDistributed
+    from sinkbench.testing import CheckPlugin, RunDistributed
+
+
+@pytest.fixture(scope="session")
+def check_plugin() -> CheckPlugin:
+    """``check_plugin(plugin, params=None, ...)``: see ``sinkbench.testing.check_plugin``."""
+    from sinkbench.testing import check_plugin
+
+    return check_plugin
 
 
 @pytest.fixture(scope="session")

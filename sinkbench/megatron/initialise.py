@@ -81,12 +81,13 @@ def initialise(
         generator = torch.Generator().manual_seed(_seed(seed, name))
         whole = torch.empty(shape).normal_(mean, std, generator=generator)
         gated = name.endswith("mlp.linear_fc1.weight") and model.ffn in ("swiglu", "geglu", "reglu")
-        share = _share(whole, dim, tp_rank, tp_size, gated) if sharded else whole
-        parameter.copy_(share.to(parameter.dtype))
+        ours = share(whole, dim, tp_rank, tp_size, gated) if sharded else whole
+        parameter.copy_(ours.to(parameter.dtype))
 
 
-def _share(whole: Tensor, dim: int, rank: int, size: int, gated: bool) -> Tensor:
-    """A rank's rows or columns; a gated projection holds the gate's and the value's side by side."""
+def share(whole: Tensor, dim: int, rank: int, size: int, gated: bool) -> Tensor:
+    """A tensor-parallel rank's rows or columns; a gated projection holds the gate's and the value's side by
+    side."""
     if not gated:
         return whole.chunk(size, dim)[rank]
     return torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim)
