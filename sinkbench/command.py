@@ -9,10 +9,11 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from sinkbench.errors import EXIT_CODE, HostError, SinkbenchError
+from sinkbench.errors import DEBUG, EXIT_CODE, STOPPED_EXIT_CODE, HostError, SinkbenchError, Stopped
 
 REPORT_WAIT_S = 10.0
 """How long the other ranks leave the word to rank 0, which mostly has the same error."""
@@ -30,12 +31,13 @@ class Parser(argparse.ArgumentParser):
 def run_command(function: Callable[[], int | None]) -> int:
     """Run a command's body and give its exit code.
 
-    A SinkbenchError is printed as its one line. Under torchrun that is done by rank 0; the other ranks
-    wait to be ended, and speak only if their error turns out to be theirs alone.
+    A SinkbenchError is printed as its one line, after its traceback if SINKBENCH_DEBUG is 1. Under
+    torchrun that is done by rank 0; the other ranks wait to be ended, and speak only if their error turns
+    out to be theirs alone.
 
     Returns:
-        What the function returned (None is 0), 2 after a SinkbenchError, 130 after Ctrl-C, 141 if
-        whoever reads the output went away.
+        What the function returned (None is 0), 2 after a SinkbenchError, 75 if training was stopped and
+        can go on, 130 after Ctrl-C, 141 if whoever reads the output went away.
     """
     try:
         code = function() or 0
@@ -43,6 +45,10 @@ def run_command(function: Callable[[], int | None]) -> int:
         return code
     except SinkbenchError as error:
         return _report(error)
+    except Stopped as stopped:
+        if _rank() == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -59,11 +65,22 @@ def run_command(function: Callable[[], int | None]) -> int:
 
 
 def _report(error: SinkbenchError) -> int:
-    if int(os.environ.get("RANK", "0")) != 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun ends us once rank 0 has left
-        time.sleep(REPORT_WAIT_S)
+    if _rank() != 0:
+        leave_the_word_to_others()
+    if os.environ.get(DEBUG) == "1":
+        traceback.print_exception(error)
     print(error, file=sys.stderr, flush=True)
     return EXIT_CODE
+
+
+def leave_the_word_to_others() -> None:
+    """Waits for torchrun to end this process, so that the errors before its own are on top."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(REPORT_WAIT_S)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _reader_has_left() -> bool:

@@ -7,9 +7,11 @@ of the whole job, never of one rank.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -24,6 +26,39 @@ from pydantic import (
 
 VOCAB_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, as in the paper, whatever the parallel layout."""
+
+MAX_NAME = 200
+"""Characters of a name or label, each of which becomes a folder's."""
+RESERVED_LABELS = ("checkpoints", "log.txt", "manifest.json", "measure", "metrics.jsonl", "recipe.yaml")
+RESERVED_LABELS += ("summary.json", "tensorboard", "wandb")
+"""What sinkbench itself may write where a sweep's runs have their folders."""
+
+
+def _in_a_home(path: str) -> str:
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder for {Path(path).parts[0]}; write the path out") from None
+    return path
+
+
+def _not_reserved(label: str) -> str:
+    if label.lower() in RESERVED_LABELS:
+        raise ValueError(f"{label} is the name of a file or folder of a run; choose another label")
+    return label
+
+
+# Far above what any machine can hold, and below what integers of tensors, seeds and files can.
+Layers = Annotated[int, Field(gt=0, le=10_000)]
+Width = Annotated[int, Field(gt=0, le=2**20)]
+Length = Annotated[int, Field(gt=0, le=2**26)]
+Vocabulary = Annotated[int, Field(gt=0, le=2**30)]
+Sequences = Annotated[int, Field(gt=0, le=2**24)]
+Processes = Annotated[int, Field(gt=0, le=2**20)]
+Steps = Annotated[int, Field(gt=0, le=10**9)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_in_a_home)]
+"""A path, in which ~ is the user's home."""
 
 
 class Section(BaseModel):
@@ -53,22 +88,22 @@ class PluginRef(Section):
 
 
 class ModelConfig(Section):
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt | None = None
+    num_layers: Layers
+    hidden_size: Width
+    num_attention_heads: Width
+    num_query_groups: Width | None = None
     """kv heads; default: as many as attention heads."""
-    head_size: PositiveInt | None = None
+    head_size: Width | None = None
     """default: hidden_size / num_attention_heads."""
     ffn: Literal["swiglu", "geglu", "reglu", "swish", "gelu", "gelu_tanh", "relu", "none"] = "swiglu"
-    ffn_hidden_size: PositiveInt | None = None
+    ffn_hidden_size: Width | None = None
     """width of the feed-forward block; needed unless ffn is none."""
     linear_bias: Literal["none", "qkv", "all"] = "none"
     """bias of the linear maps within layers: none, of queries, keys and values (Qwen2), or of all (GPT-2)."""
     parallel_residual: bool = False
     """attention and feed-forward block read the same stream: x + attn(norm(x)) + ffn(norm(x)) (GPT-NeoX)."""
-    seq_length: PositiveInt
-    vocab_size: PositiveInt | None = None
+    seq_length: Length
+    vocab_size: Vocabulary | None = None
     """before padding to a multiple of 64; default: that of the data."""
     attention: PluginRef = PluginRef(name="softmax")
     normalization: PluginRef = PluginRef(name="rmsnorm")
@@ -113,13 +148,13 @@ class BigramBackcopyConfig(Section):
     """The Bigram-Backcopy task (Guo et al. 2410.13835), drawn afresh, deterministic by seed."""
 
     source: Literal["bigram_backcopy"]
-    vocab_size: Annotated[int, Field(ge=8)] = 65
+    vocab_size: Annotated[int, Field(ge=8, le=4096)] = 65
     """<s> is token 0; the others have a Dirichlet bigram table."""
     num_triggers: PositiveInt = 3
     """the most frequent tokens; after one of them the token before it is repeated."""
     concentration: PositiveFloat = 1.0
     """of the Dirichlet prior of each bigram row."""
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     """of the table; the sequences follow the recipe's seed."""
     transforms: list[PluginRef] = []
 
@@ -134,7 +169,7 @@ class BigramBackcopyConfig(Section):
 
 
 class BlendEntry(Section):
-    path: str = Field(min_length=1)
+    path: FolderPath
     """folder written by ``sinkbench data prepare``, or a folder of such folders: they are blended by their
     sizes, as if shuffled together."""
     weight: PositiveFloat = 1.0
@@ -143,10 +178,10 @@ class BlendEntry(Section):
 class TokenizerConfig(Section):
     """Which tokenizer to use, or to train, when data is prepared."""
 
-    path: str | None = None
+    path: FolderPath | None = None
     """a SentencePiece .model, a tokenizer.json, a folder of a Hugging Face tokenizer, or OWNER/NAME on the
     Hugging Face hub."""
-    train_vocab_size: Annotated[int, Field(ge=300)] | None = None
+    train_vocab_size: Annotated[int, Field(ge=300, le=2**24)] | None = None
     """train a SentencePiece BPE model with byte fallback of this size on the inputs."""
 
     @model_validator(mode="after")
@@ -159,13 +194,13 @@ class TokenizerConfig(Section):
 class PrepareConfig(Section):
     """Inputs that the trainer prepares on first use into a cache folder."""
 
-    inputs: list[str] = Field(min_length=1)
+    inputs: list[FolderPath] = Field(min_length=1)
     """files, folders, or ``python:docs``, ``python:help`` (docs as dialogues), ``python:stdlib`` of the
     running Python."""
     tokenizer: TokenizerConfig
     text_field: str = Field(default="text", min_length=1)
     """of JSON objects and of parquet files."""
-    cache: str = "~/.cache/sinkbench"
+    cache: FolderPath = "~/.cache/sinkbench"
     holdout: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """share of documents kept for validation."""
 
@@ -175,7 +210,7 @@ class IndexedConfig(Section):
 
     source: Literal["indexed"]
     train: list[BlendEntry] = []
-    validation: dict[str, str] = {}
+    validation: dict[str, FolderPath] = {}
     """domain -> prepared folder; default: the held-out split of each train entry."""
     prepare: PrepareConfig | None = None
     """instead of train: what to prepare on first use."""
@@ -248,14 +283,22 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: PositiveInt
-    global_batch_size: PositiveInt
+    steps: Steps
+    global_batch_size: Sequences
     """sequences per step."""
-    micro_batch_size: PositiveInt | None = None
+    micro_batch_size: Sequences | None = None
     """sequences per forward; default: the largest divisor that has at most 2^15 tokens."""
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Literal["none", "attention", "full"] = "none"
     """activations computed again in the backward pass."""
+    max_minutes: PositiveFloat | None = None
+    """wall-clock time after which the run stops cleanly, launcher and start included; default: none, or the
+    end of the SLURM job."""
+    max_skipped_steps: NonNegativeInt = 3
+    """steps running whose loss or gradient is not finite that are passed over without an update."""
+    on_spike: Literal["log", "skip", "stop"] = "log"
+    """what to do about a loss above the running mean by spike_sigmas deviations."""
+    spike_sigmas: PositiveFloat = 6.0
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a card."""
@@ -264,11 +307,11 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     """Sizes of the parallel groups; data parallel is what remains of the processes."""
 
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    virtual_pipeline: PositiveInt = 1
+    tensor: Processes = 1
+    pipeline: Processes = 1
+    virtual_pipeline: Processes = 1
     """model chunks per pipeline rank (interleaved schedule)."""
-    context: PositiveInt = 1
+    context: Processes = 1
     sequence: bool = False
     """sequence parallel: shard activations between tensor-parallel regions."""
     overlap: bool = True
@@ -290,18 +333,24 @@ class ParallelConfig(Section):
 class ValidationConfig(Section):
     every: NonNegativeInt = 0
     """steps between validation losses; 0 turns it off. The last step is always validated then."""
-    sequences: PositiveInt = 64
+    sequences: Sequences = 64
     """held-out sequences per domain."""
 
 
 class CheckpointConfig(Section):
-    start_from: str | None = None
+    start_from: FolderPath | None = None
     """a checkpoint whose weights a new run starts from, written under any layout."""
     every: NonNegativeInt = 0
     """steps between checkpoints; 0 writes only the last."""
     keep_last: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     """also keep every checkpoint whose step this divides; 0: none."""
+    asynchronous: bool = Field(default=True, alias="async")
+    """go on training while a checkpoint is written, from a copy in host memory."""
+    verify: Literal["full", "size"] = "full"
+    """what is compared before a checkpoint is loaded: checksums of all files, or their sizes only."""
+    allow_change: list[str] = []
+    """keys or sections in which the recipe may differ from that of the run it goes on with."""
 
 
 class MeasureConfig(Section):
@@ -309,8 +358,8 @@ class MeasureConfig(Section):
 
     every: NonNegativeInt = 500
     """steps between probes; 0 turns them off. First and last step are probed then."""
-    count: PositiveInt = 100
-    length: PositiveInt = 64
+    count: Sequences = 100
+    length: Length = 64
     eps: PositiveFloat = 0.3
     metrics: list[PluginRef] = [PluginRef(name="sink"), PluginRef(name="norms")]
 
@@ -331,10 +380,17 @@ class WandbConfig(Section):
 
 
 class Config(Section):
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    output_dir: str = Field(default="runs", min_length=1)
-    seed: NonNegativeInt = 1234
-    label: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$")
+    name: str = Field(min_length=1, max_length=MAX_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: FolderPath = "runs"
+    seed: Seed = 1234
+    label: (
+        Annotated[
+            str,
+            Field(max_length=MAX_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$"),
+            AfterValidator(_not_reserved),
+        ]
+        | None
+    ) = None
     """of a run within a sweep; names its folder."""
     model: ModelConfig
     loss: PluginRef = PluginRef(name="causal_lm")

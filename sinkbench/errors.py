@@ -19,7 +19,9 @@ class SinkbenchError(Exception):
         super().__init__(where, problem, remedy)
 
     def __str__(self) -> str:
-        return " ".join(f"{self.where}: {self.problem}; {self.remedy}".split())
+        line = " ".join(f"{self.where}: {self.problem}; {self.remedy}".split())
+        # What a file holds must not steer the terminal that shows it.
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
 
 
 class RecipeError(SinkbenchError):
@@ -42,4 +44,30 @@ class HostError(SinkbenchError):
     """The machine lacks what the recipe asks for: processes, devices, packages, a writable folder."""
 
 
+class DivergedError(SinkbenchError):
+    """Training itself went wrong: losses or gradients that are not finite, a loss that jumped."""
+
+
+class Stopped(Exception):
+    """A run that ended early because it was asked to. Nothing is lost: the same command goes on.
+
+    Args:
+        where: the run folder, or the recipe.
+        what: how far it came and who asked.
+    """
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(where, what)
+        self.where = where
+        self.what = what
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}; the same command goes on"
+
+
 EXIT_CODE = 2
+"""Of a command after a user's error."""
+STOPPED_EXIT_CODE = 75
+"""Of training that was stopped and can go on: EX_TEMPFAIL, "try again", of sysexits.h."""
+DEBUG = "SINKBENCH_DEBUG"
+"""Environment variable: 1 shows the traceback of a user's error too."""

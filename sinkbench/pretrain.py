@@ -1,7 +1,8 @@
 """Pre-train a recipe: ``torchrun --nproc-per-node N -m sinkbench.pretrain RECIPE [key=value ...]``.
 
 Without torchrun, ``python -m sinkbench.pretrain RECIPE`` trains in one process. The same command goes on
-with a run that was interrupted.
+with a run that was interrupted. SIGTERM, SIGINT or SIGUSR1 to any process finishes the step, writes a
+checkpoint and exits with code 75, as does train.max_minutes; a second signal exits at once.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sinkbench import plugins, recipe
-from sinkbench.command import Parser, run_command
+from sinkbench import plugins, recipe, stopping
+from sinkbench.command import Parser, leave_the_word_to_others, run_command
 from sinkbench.errors import SinkbenchError
 
 
@@ -22,7 +23,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="path or name of a recipe")
     replace = "values that replace the recipe's"
     parser.add_argument("overrides", nargs="*", default=(), metavar="key=value", help=replace)
-    return run_command(lambda: _pretrain(parser.parse_args(argv)))
+    return run_command(lambda: _main(parser.parse_args(argv)))
+
+
+def _main(arguments: argparse.Namespace) -> None:
+    stopping.die_with_launcher()
+    with stopping.before_training(arguments.recipe):
+        try:
+            _pretrain(arguments)
+        except Exception as error:
+            if stopping.under_torchrun():
+                _tell_launcher(error)
+            raise
+
+
+def _tell_launcher(error: Exception) -> None:
+    """Puts the error into torchrun's summary, which has the first of all ranks on top. A rank that lost its
+    connection to one that is gone has no error of its own."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    from sinkbench.megatron.parallel import lost_peer
+
+    if lost_peer(error):
+        leave_the_word_to_others()
+    get_error_handler().record_exception(error)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sinkbench.config import Config
 from sinkbench.errors import HostError
+from sinkbench.files import write_atomically
+
+RUN_ID = "wandb_run_id"
+"""File in the run folder."""
 
 
 class Sink(Protocol):
@@ -74,10 +79,12 @@ def _line(event: str, values: dict[str, Any]) -> str:
 
 
 class TensorBoard:
-    def __init__(self, folder: Path) -> None:
+    """Steps after the one that training resumes from are taken back."""
+
+    def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder))
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def log(self, step: int, event: str, values: dict[str, Any]) -> None:
         for key, value in values.items():
@@ -89,7 +96,8 @@ class TensorBoard:
 
 
 class Wandb:
-    """Offline without a key, so that a run never stops to ask for one."""
+    """Offline without a key, so that a run never stops to ask for one. A resumed run goes on under the same
+    id, where steps that are sent again are dropped."""
 
     def __init__(self, config: Config, folder: Path) -> None:
         try:
@@ -109,7 +117,9 @@ class Wandb:
             name=f"{config.name}/{config.label}" if config.label else config.name,
             dir=str(folder),
             mode=mode,
-            config=config.model_dump(),
+            id=_run_id(folder / RUN_ID),
+            resume="allow",
+            config=config.model_dump(by_alias=True),
         )
 
     def log(self, step: int, event: str, values: dict[str, Any]) -> None:
@@ -117,6 +127,12 @@ class Wandb:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _run_id(path: Path) -> str:
+    if not path.exists():
+        write_atomically(path, secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
 
 
 def _has_key(settings: Any) -> bool:
@@ -134,7 +150,7 @@ def open_sinks(config: Config, folder: Path, start_step: int) -> list[Sink]:
     if config.log.wandb is not None:
         sinks.append(Wandb(config, folder))
     if config.log.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard"))
+        sinks.append(TensorBoard(folder / "tensorboard", start_step))
     if config.log.progress:
         sinks.append(Bar(config, start_step))
     return sinks

@@ -1,18 +1,27 @@
-"""The folder of a run: locked while it lives, metrics cut back on resume, one schema of files.
+"""The folder of a run: locked while any of its processes lives, metrics cut back on resume, one schema of
+files.
 
 recipe.yaml      the resolved recipe
 manifest.json    versions, git commit, plugins, backends, parallel layout
-metrics.jsonl    one JSON object a line: {"step", "event": "train" | "validation" | "probe", ...}
+metrics.jsonl    one JSON object a line: {"step", "event": "train" | "validation" | "probe" | "skipped" |
+                 "spike", ...}
 measure/         step_N.json: every number of a probe, per layer and head
 checkpoints/     step_N/
 summary.json     written when the run is complete
+stopped.json     at which step a run was stopped, and why; gone once it goes on
+wandb_run_id     of the run at Weights & Biases, so that it goes on there
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
+import re
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,10 +30,35 @@ from sinkbench.config import Config
 from sinkbench.errors import HostError, RecipeError
 from sinkbench.explain import show
 from sinkbench.files import write_atomically
-from sinkbench.recipe_layers import flatten
+from sinkbench.recipe_layers import flatten, is_within
 
-MAY_CHANGE = ("output_dir", "parallel", "log", "checkpoint", "train.micro_batch_size", "train.recompute")
-"""A resumed run may change these: they alter neither the model nor what it is trained on."""
+MAY_CHANGE = (
+    "output_dir",
+    "parallel",
+    "log",
+    "checkpoint",
+    "measure",
+    "validation",
+    "train.micro_batch_size",
+    "train.recompute",
+    "train.max_minutes",
+    "train.max_skipped_steps",
+    "train.on_spike",
+    "train.spike_sigmas",
+)
+"""A resumed run may change these: they alter neither the model nor what it is trained on. It may raise
+train.steps too, if the schedule is constant, and change what checkpoint.allow_change names."""
+MUST_STAY = ("train.global_batch_size", "model.seq_length")
+"""The position in the data counts in these."""
+LOCK_WAIT_S = 2.0
+"""A run that was killed a moment ago may not be gone yet."""
+RANKS_WAIT_S = 30.0
+"""So long the ranks of a run that lost its main process have to notice."""
+LOCK, RANKS_LOCK, STOPPED = ".lock", ".lock.ranks", "stopped.json"
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_SHOWN_CHANGES = 8
+
+_log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -52,23 +86,32 @@ class RunFolder:
         self._metrics: TextIO | None = None
 
     def _take_lock(self) -> TextIO:
-        lock = (self.path / ".lock").open("a+")
+        busy = "another run is writing here", "wait for it, or set another name"
+        lock = _locked(self.path / LOCK, fcntl.LOCK_EX, LOCK_WAIT_S, busy)
+        # None of an earlier run's ranks is left; this run's take their share after it (``join``).
+        left = "a rank of an earlier run is still there", "end it, or set another name"
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            _locked(self.path / RANKS_LOCK, fcntl.LOCK_EX, RANKS_WAIT_S, left).close()
+        except BaseException:
             lock.close()
-            raise HostError(
-                str(self.path), "another run is writing here", "wait for it, or set another name"
-            ) from None
+            raise
         return lock
 
     def begin(self, start_step: int, manifest: dict[str, Any]) -> None:
-        """Writes recipe and manifest, and drops metrics beyond the step that training resumes from."""
+        """Writes recipe and manifest, and drops metrics beyond the step that training resumes from, and
+        what no longer holds of a run that goes on."""
         write_atomically(self.path / "recipe.yaml", self.recipe_text)
         write_json(self.path / "manifest.json", manifest)
         metrics = self.path / "metrics.jsonl"
-        kept = [line for line in _complete_lines(metrics) if json.loads(line)["step"] <= start_step]
+        kept = [text for text, line in _lines(metrics) if 0 < start_step >= line["step"]]
         write_atomically(metrics, "".join(kept))
+        (self.path / STOPPED).unlink(missing_ok=True)
+        if start_step < self.config.train.steps:
+            (self.path / "summary.json").unlink(missing_ok=True)
+        for path in (self.path / "measure").glob("step_*.json"):
+            found = re.fullmatch(r"step_(\d+)\.json", path.name)
+            if found and int(found[1]) > start_step:
+                path.unlink()
         self._metrics = metrics.open("a", buffering=1)
 
     def log(self, step: int, event: str, values: dict[str, Any]) -> None:
@@ -76,10 +119,18 @@ class RunFolder:
         assert self._metrics is not None
         self._metrics.write(json.dumps({"step": step, "event": event, **values}) + "\n")
 
+    def flush(self) -> None:
+        """Brings metrics.jsonl to the disk, so that no checkpoint is ahead of it."""
+        assert self._metrics is not None
+        os.fsync(self._metrics.fileno())
+
     def latest_events(self) -> dict[str, dict[str, Any]]:
         """The last line of each event in metrics.jsonl."""
-        lines = map(json.loads, _complete_lines(self.path / "metrics.jsonl"))
-        return {line["event"]: line for line in lines}
+        return {line["event"]: line for _, line in _lines(self.path / "metrics.jsonl")}
+
+    def stopped(self, step: int, reason: str) -> None:
+        """Says that the run was asked to end after a step that has a checkpoint."""
+        write_json(self.path / STOPPED, {"step": step, "reason": reason})
 
     def close(self) -> None:
         if self._metrics is not None:
@@ -87,8 +138,40 @@ class RunFolder:
         self._lock.close()
 
 
+def join(folder: Path) -> TextIO:
+    """A rank's share in a run folder that its main process has opened: no other run can start there while
+    any rank holds one.
+
+    Raises:
+        HostError: another run is starting there.
+    """
+    busy = "another run is starting here", "wait for it, or set another name"
+    return _locked(folder / RANKS_LOCK, fcntl.LOCK_SH, LOCK_WAIT_S, busy)
+
+
+def _locked(path: Path, kind: int, wait_s: float, busy: tuple[str, str]) -> TextIO:
+    """The file with a lock on it, which lasts until it is closed or the process ends."""
+    file = path.open("a+")
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.close()
+                raise HostError(str(path.parent), *busy) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                file.close()
+                raise
+            _log.warning("%s: its file system has no locks; start no other run there", path.parent)
+            return file
+        time.sleep(0.05)
+
+
 def refuse_other_recipe(folder: Path, config: Config) -> None:
-    """Checks that a run folder is new or holds a run of this recipe.
+    """Checks that a run folder is new, or holds a run of this recipe but for what may change.
 
     Raises:
         RecipeError: it holds a run of another one.
@@ -98,19 +181,35 @@ def refuse_other_recipe(folder: Path, config: Config) -> None:
         return
     before = dict(flatten(recipe.to_config(recipe.load(path)).model_dump()))
     now = dict(flatten(config.model_dump()))
+    may_change = _may_change(config, before)
     changed = sorted(
         key
         for key in before.keys() | now.keys()
-        if before.get(key) != now.get(key) and not any(_within(key, prefix) for prefix in MAY_CHANGE)
+        if before.get(key) != now.get(key) and not any(is_within(key, prefix) for prefix in may_change)
     )
     if changed:
-        what = ", ".join(f"{k} {show(before.get(k))} -> {show(now.get(k))}" for k in changed[:3])
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        shown = changed[:_SHOWN_CHANGES]
+        what = ", ".join(f"{k} {show(before.get(k))} -> {show(now.get(k))}" for k in shown)
+        more = f" and {len(changed) - len(shown)} more" if len(changed) > len(shown) else ""
+        keys = ", ".join(changed)
         raise RecipeError(
             str(folder),
             f"it holds a run of another recipe ({what}{more})",
-            "set another name, or delete the folder",
+            "set another name"
+            if any(key in MUST_STAY for key in changed)
+            else f"set another name, or allow the change: 'checkpoint.allow_change=[{keys}]'",
         )
+
+
+def _may_change(config: Config, before: dict[str, Any]) -> list[str]:
+    allowed = config.checkpoint.allow_change
+    for key in MUST_STAY:
+        if any(is_within(key, prefix) for prefix in allowed):
+            problem = f"{key} cannot change within a run, whose position in the data counts in it"
+            raise RecipeError("checkpoint.allow_change", problem, "name other keys, or set another name")
+    constant = before["optim.schedule"] == config.optim.schedule == "constant"
+    longer = config.train.steps >= before["train.steps"]
+    return [*MAY_CHANGE, *allowed, *(["train.steps"] if constant and longer else [])]
 
 
 def folder_of(config: Config) -> Path:
@@ -123,12 +222,19 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2) + os.linesep)
 
 
-def _within(key: str, prefix: str) -> bool:
-    return key == prefix or key.startswith(f"{prefix}.")
-
-
-def _complete_lines(path: Path) -> list[str]:
-    """A process that was killed may have left half a line at the end."""
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl with what they say. A process that was killed may have left half a line at
+    the end, a machine that lost power other things; these are left out."""
     if not path.exists():
-        return []
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        return
+    *complete_lines, _ = path.read_text(errors="replace").split("\n")
+    for number, text in enumerate(complete_lines, start=1):
+        try:
+            line = json.loads(text)
+            sound = isinstance(line["step"], int) and isinstance(line["event"], str)
+        except (ValueError, TypeError, KeyError):
+            sound = False
+        if sound:
+            yield text + "\n", line
+        else:
+            _log.warning("%s: line %d is damaged and left out", path, number)

@@ -7,34 +7,38 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from sinkbench import flops, manifest
 from sinkbench.api import Batch, LossSpec
+from sinkbench.batching import micro_batch_size
 from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
 from sinkbench.data.source import SequenceSource, open_source
-from sinkbench.errors import DataError, RecipeError, SinkbenchError
+from sinkbench.errors import DataError, DivergedError, RecipeError, SinkbenchError, Stopped
 from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.measure.results import StepMetrics, write
 from sinkbench.model import Declarations, build_stages, declare
 from sinkbench.progress import Bar, Sink, open_sinks
-from sinkbench.run_folder import RunFolder, folder_of, write_json
+from sinkbench.run_folder import RunFolder, folder_of, join, write_json
+from sinkbench.saving import Saver, load, newest_good
+from sinkbench.stopping import Deadline, Request
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
+    from sinkbench.megatron.training import StepResult
     from sinkbench.plugins import Resolved
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-DEFAULT_TOKENS = 2**15
-"""Most tokens of a micro-batch when the recipe leaves its size open."""
+SHOWN_SEQUENCES = 4
+"""Most sequences of a bad batch that an error names."""
 
 
 def train(config: Config, resolved: Resolved) -> dict[str, Any]:
@@ -44,9 +48,14 @@ def train(config: Config, resolved: Resolved) -> dict[str, Any]:
 
     Returns:
         The summary of the run, on the main process; an empty dict elsewhere.
+
+    Raises:
+        Stopped: by a signal or for want of time, after a checkpoint.
+        SinkbenchError: of any kind.
     """
     from sinkbench.megatron import parallel
 
+    deadline = Deadline(config.train.max_minutes)
     processes = parallel.world_size()
     parallel.check_world_size(config.parallel, processes)
     micro_batch = micro_batch_size(config, processes // config.parallel.model_size)
@@ -54,7 +63,7 @@ def train(config: Config, resolved: Resolved) -> dict[str, Any]:
     declared = declare(config, resolved, source.vocab_size)
     _check_needs(declared.loss, config, source)
     with parallel.running(config) as layout:
-        return Trainer(config, resolved, declared, source, layout, micro_batch).run()
+        return Trainer(config, resolved, declared, source, layout, micro_batch, deadline).run()
 
 
 def _check_needs(loss: LossSpec, config: Config, source: SequenceSource) -> None:
@@ -63,49 +72,6 @@ def _check_needs(loss: LossSpec, config: Config, source: SequenceSource) -> None
         problem = f"{config.loss.name} needs {' and '.join(missing)}, which the data does not give"
         remedy = "prepare dialogues (JSON with messages, or prompt and response), or choose another loss"
         raise RecipeError("loss", problem, remedy)
-
-
-def micro_batch_size(config: Config, data_size: int) -> int:
-    """Sequences per forward pass on one data-parallel rank: the recipe's, or the largest divisor of the
-    rank's share that has at most 2^15 tokens and keeps the pipeline filled.
-
-    Raises:
-        RecipeError: the global batch does not divide.
-    """
-    total, stages = config.train.global_batch_size, config.parallel.pipeline
-    share, rest = divmod(total, data_size)
-    if rest:
-        raise RecipeError(
-            "train.global_batch_size",
-            f"{total} is not divisible by the data-parallel size {data_size}",
-            "change it, or the number of processes",
-        )
-    interleaved = config.parallel.virtual_pipeline > 1
-    if interleaved and share % stages:
-        raise RecipeError(
-            "train.global_batch_size",
-            f"the interleaved pipeline needs a multiple of {stages} micro-batches, which {share} sequences "
-            "on one data-parallel rank do not give",
-            "change it",
-        )
-    size = config.train.micro_batch_size
-    if size is None:
-        most = max(1, min(DEFAULT_TOKENS // config.model.seq_length, share // stages))
-        unit = stages if interleaved else 1
-        size = max(n for n in range(1, most + 1) if share % (n * unit) == 0)
-    if share % size:
-        raise RecipeError(
-            "train.micro_batch_size",
-            f"{size} does not divide the {share} sequences of one data-parallel rank",
-            f"write a divisor of {share}",
-        )
-    if interleaved and (share // size) % stages:
-        raise RecipeError(
-            "train.micro_batch_size",
-            f"the interleaved pipeline needs a multiple of {stages} micro-batches, not {share // size}",
-            "change train.micro_batch_size or train.global_batch_size",
-        )
-    return size
 
 
 class Trainer:
@@ -119,6 +85,7 @@ class Trainer:
         source: SequenceSource,
         layout: Layout,
         micro_batch: int,
+        deadline: Deadline,
     ) -> None:
         from sinkbench.megatron.training import Engine
 
@@ -127,8 +94,11 @@ class Trainer:
         self.source = source
         self.layout = layout
         self.micro_batch = micro_batch
+        self.deadline = deadline
+        self.request = Request()
         self.manifest = manifest.describe(resolved, declared, layout, source.fingerprint)
         self.store = CheckpointStore(folder_of(config) / "checkpoints")
+        self.saver = Saver(self.store, layout, config.checkpoint)
         stages = build_stages(config, declared, layout)
         if config.checkpoint.start_from is not None and not self.store.steps():
             self._load_start(stages, Path(config.checkpoint.start_from).expanduser())
@@ -141,6 +111,7 @@ class Trainer:
         self.sinks: list[Sink] = []
         # Last, so that a run that cannot start leaves no folder.
         self.folder = on_main(layout, lambda: RunFolder(config))
+        self.share = None if layout.is_main else join(folder_of(config))
 
     def _load_start(self, stages: list[Any], folder: Path) -> None:
         from sinkbench.megatron import state
@@ -162,13 +133,17 @@ class Trainer:
         start = self._resume()
         on_main(self.layout, lambda: self._begin(start))
         try:
-            self._train(start)
+            with self.request:
+                self._train(start)
             return self._finish()
         finally:
+            self.saver.abandon()
             for sink in self.sinks:
                 sink.close()
             if self.folder is not None:
                 self.folder.close()
+            if self.share is not None:
+                self.share.close()
 
     def _begin(self, start: int) -> None:
         assert self.folder is not None
@@ -176,7 +151,7 @@ class Trainer:
         self.sinks = open_sinks(self.config, self.folder.path, start)
 
     def _resume(self) -> int:
-        checkpoint = self.store.latest()
+        checkpoint = newest_good(self.store, self.layout, self.config.checkpoint.verify)
         if checkpoint is None:
             return 0
         if checkpoint.step > self.config.train.steps:
@@ -185,7 +160,7 @@ class Trainer:
                 f"{self.config.train.steps} is below the checkpoint's step {checkpoint.step}",
                 "raise it, or set another name",
             )
-        self.store.load(self.engine, checkpoint)
+        load(self.engine, checkpoint)
         self.tokens = checkpoint.step * self.tokens_per_step
         return checkpoint.step
 
@@ -194,6 +169,7 @@ class Trainer:
             self._probe(0)
         with closing(self._batches(start)) as batches:
             self._steps(start, batches)
+        self.saver.finish()
 
     def _steps(self, start: int, batches: Iterator[list[Batch]]) -> None:
         config, steps = self.config, self.config.train.steps
@@ -201,22 +177,67 @@ class Trainer:
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             lr = self.engine.optimizer.param_groups[0]["lr"]
-            result = self.engine.train_step(next(batches))
+            batch = next(batches)
+            result = self.engine.train_step(batch, wants_stop=self._wants_stop)
             elapsed += time.perf_counter() - began
             counted += self.tokens_per_step
             self.tokens += self.tokens_per_step
+            self.saver.poll()
             for sink in self.sinks:
                 if isinstance(sink, Bar):
                     sink.step(step)
-            if due(step, config.log.every, steps) or step == 1:
+            self._check_health(step, result, batch)
+            if result.updated and (due(step, config.log.every, steps) or step == 1):
                 self._log_step(step, result.loss, lr, result.grad_norm, counted / elapsed)
                 elapsed, counted = 0.0, 0
             if config.validation.every and due(step, config.validation.every, steps):
                 self._validate(step)
             if config.measure.every and due(step, config.measure.every, steps):
                 self._probe(step)
-            if due(step, config.checkpoint.every, steps):
+            stop = result.stop and step < steps
+            if stop or due(step, config.checkpoint.every, steps):
                 self._save(step)
+            if stop:
+                self.saver.finish()
+                self._stop(step)
+
+    def _wants_stop(self) -> bool:
+        near = self.layout.is_main and self.deadline.near(self.saver.longest_s)
+        return near or self.request.signal is not None
+
+    def _stop(self, step: int) -> NoReturn:
+        if self.request.signal is not None:
+            reason = self.request.signal.name
+        else:
+            near = self.deadline.near(self.saver.longest_s)
+            reason = self.deadline.reason if near else "a signal to another rank"
+        if self.folder is not None:
+            self.folder.stopped(step, reason)
+        done = f"stopped after step {step} of {self.config.train.steps}, which is saved ({reason})"
+        raise Stopped(str(folder_of(self.config)), done)
+
+    def _check_health(self, step: int, result: StepResult, batch: list[Batch]) -> None:
+        """Logs what is wrong with a step, and ends a run that should not go on."""
+        trouble = self.engine.health.after(result)
+        if trouble is None:
+            return
+        self._log(step, trouble.event, trouble.values)
+        if trouble.stop:
+            raise DivergedError(f"step {step}", f"{trouble.what}{self._cause(step, batch)}", trouble.remedy)
+        if self.layout.is_main:
+            _log.warning("step %d: %s", step, trouble.what)
+
+    def _cause(self, step: int, batch: list[Batch]) -> str:
+        """Which layer of which sequences made a step go wrong."""
+        from sinkbench.megatron.overflow import first_overflow
+
+        overflow = first_overflow(self.engine, batch)
+        size = self.config.train.global_batch_size
+        sequences = [(step - 1) * size + row for row in overflow.rows or range(size)]
+        named = ", ".join(f"{n} ({self.source.origin(n)})" for n in sequences[:SHOWN_SEQUENCES])
+        more = len(sequences) - SHOWN_SEQUENCES
+        others = f" and {more} more" if more > 0 else ""
+        return f", first in {overflow.what}, with sequence {named}{others}"
 
     def _log_step(self, step: int, loss: float, lr: float, grad_norm: float, rate: float) -> None:
         mfu = None
@@ -288,8 +309,10 @@ class Trainer:
             write(path, StepMetrics(step=step, metrics=results))
 
     def _save(self, step: int) -> None:
+        if self.folder is not None:
+            self.folder.flush()
         text = self.folder.recipe_text if self.folder is not None else ""
-        self.store.save(self.engine, step, text, self.config.checkpoint)
+        self.saver.save(self.engine, step, text)
 
     def _log(self, step: int, event: str, values: dict[str, Any]) -> None:
         if self.folder is not None:

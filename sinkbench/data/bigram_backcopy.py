@@ -86,6 +86,9 @@ class BigramBackcopy:
     def sequence(self, index: int) -> Arrays:
         return {name: rows[0] for name, rows in self.sequences(index, 1).items()}
 
+    def origin(self, index: int) -> str:
+        return f"sequence {index} of the task"
+
     def validation(self, domain: str) -> HeldOut:
         assert domain in self.domains
 

@@ -41,11 +41,18 @@ class Chunks:
         tokens: all ids of the split, mapped from disk.
         lengths: tokens of each document.
         mask: of all tokens, mapped from disk; None if no document is a dialogue.
+        name: where the stream is, for messages.
     """
 
     def __init__(
-        self, tokens: Tokens, lengths: npt.NDArray[np.int32], size: int, mask: Mask | None = None
+        self,
+        tokens: Tokens,
+        lengths: npt.NDArray[np.int32],
+        size: int,
+        mask: Mask | None = None,
+        name: str = "",
     ) -> None:
+        self.name = name
         self.count = len(tokens) // size
         self._tokens = tokens
         self._lengths = lengths.astype(np.int64)
@@ -65,6 +72,13 @@ class Chunks:
         if self._masks is None:
             return np.ones((len(numbers), self._chunks.shape[1]), bool)
         return self._masks[numbers]
+
+    def documents(self, number: int) -> tuple[int, int]:
+        """The first and last document, counted from 0, that a chunk holds tokens of."""
+        ends = np.cumsum(self._lengths)
+        size = self._chunks.shape[1]
+        first, last = np.searchsorted(ends, [number * size, (number + 1) * size - 1], side="right")
+        return int(first), int(last)
 
     def window(self, offset: int, length: int) -> npt.NDArray[np.int64]:
         return self._tokens[offset : offset + length].astype(np.int64)
@@ -186,7 +200,11 @@ class _Folder:
         mask = f"{split}.mask"
         masked = mask in self.manifest.files
         return Chunks(
-            file.tokens, file.lengths, size, np.memmap(self.path / mask, bool, "r") if masked else None
+            file.tokens,
+            file.lengths,
+            size,
+            np.memmap(self.path / mask, bool, "r") if masked else None,
+            str(self.path / split),
         )
 
 
@@ -249,6 +267,12 @@ class IndexedSource:
 
     def sequence(self, index: int) -> Arrays:
         return {name: rows[0] for name, rows in self.sequences(index, 1).items()}
+
+    def origin(self, index: int) -> str:
+        ((_, chunks, numbers),) = self._train.located(np.array([index]))
+        first, last = chunks.documents(int(numbers[0]))
+        which = f"document {first}" if first == last else f"documents {first} to {last}"
+        return f"{which} of {chunks.name}"
 
     def validation(self, domain: str) -> HeldOut:
         chunks = self._validation[domain]

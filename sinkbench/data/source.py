@@ -62,6 +62,9 @@ class SequenceSource(Protocol):
     def sequence(self, index: int) -> Arrays:
         """One training sequence, [seq_length + 1]."""
 
+    def origin(self, index: int) -> str:
+        """In a few words, where a training sequence is from: its documents, if it has any."""
+
     def validation(self, domain: str) -> HeldOut:
         """The held-out sequences of a domain."""
 

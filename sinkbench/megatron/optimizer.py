@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -13,8 +15,8 @@ from sinkbench.config import Config
 from sinkbench.megatron.settings import optimizer_config
 
 
-def make_optimizer(config: Config, stages: list[Any]) -> Any:
-    """The optimizer of this rank's model chunks (megatron's MegatronOptimizer)."""
+def make_optimizer(config: Config, stages: list[Any]) -> ChainedOptimizer:
+    """The optimizer of this rank's model chunks."""
     # None makes megatron leave one-dimensional parameters out of weight decay; {} decays all.
     overrides: dict[Any, Any] | None = {} if config.optim.weight_decay_on == "all" else None
     return get_megatron_optimizer(optimizer_config(config), stages, config_overrides=overrides)
@@ -43,6 +45,26 @@ def make_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
     )
     scheduler.step(1)
     return scheduler
+
+
+@torch.no_grad()
+def update(optimizer: ChainedOptimizer) -> tuple[float, bool]:
+    """What megatron's ``step`` does, unless the gradient's norm is not finite: then parameters and
+    optimizer state stay as they are. The norm is that of the whole model, so that all ranks agree.
+
+    Returns:
+        The norm before clipping, and whether there was an update.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm, False
+    for part in optimizer.chained_optimizers:
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    optimizer.step_with_ready_grads()
+    return norm, True
 
 
 def distributed_optimizers(optimizer: Any) -> list[DistributedOptimizer]:

@@ -17,7 +17,8 @@ from sinkbench.errors import HostError
 from sinkbench.megatron import host
 
 TIMEOUT = timedelta(minutes=10)
-"""After this a rank that waits for a dead one gives up."""
+"""After this a rank that waits for one it has a connection to, but that does not answer, gives up. The end of
+a process is noticed at once: by gloo from the connection, and by torchrun, which then ends the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,21 +122,39 @@ def _be_deterministic(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def shutdown() -> None:
-    """Leaves the process group; ``start`` can be called again."""
+def shutdown(*, keep_process_group: bool = False) -> None:
+    """Takes megatron's groups down and leaves the process group; ``start`` can be called again.
+
+    Args:
+        keep_process_group: the caller made it, and goes on using it.
+    """
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if not keep_process_group:
+        dist.destroy_process_group()
 
 
 @contextmanager
 def running(config: Config) -> Iterator[Layout]:
-    """A layout for the duration of a block."""
+    """A layout for the duration of a block. A process group that was there before is there afterwards."""
+    given = dist.is_initialized()
     layout = start(config)
     try:
         yield layout
+    except BaseException:
+        if layout.device.type == "cuda" and layout.world_size > 1 and not given:
+            # Leaving in order would wait for what other ranks, or this one's own kernels, will not finish.
+            dist.distributed_c10d._abort_process_group()
+        raise
     finally:
-        shutdown()
+        shutdown(keep_process_group=given)
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: that rank has the error to look at."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "/gloo/" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,23 +21,30 @@ from torch import Tensor
 
 from sinkbench.api import Batch
 from sinkbench.config import Config
+from sinkbench.health import Health
 from sinkbench.megatron.network import Network
-from sinkbench.megatron.optimizer import make_optimizer, make_scheduler
+from sinkbench.megatron.optimizer import make_optimizer, make_scheduler, update
 from sinkbench.megatron.parallel import Layout
 from sinkbench.megatron.sequence import local_positions
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Attributes:
-    loss: mean over the global batch's weighted tokens.
-    tokens: how many had a weight above 0.
-    grad_norm: before clipping.
+    """The same on all ranks.
+
+    Attributes:
+        loss: mean over the global batch's weighted tokens.
+        tokens: how many had a weight above 0.
+        grad_norm: before clipping; NaN where the loss was refused before it was known.
+        updated: whether the parameters were; if not, neither was the optimizer's state.
+        stop: whether any rank asked to stop.
     """
 
     loss: float
     tokens: int
     grad_norm: float
+    updated: bool
+    stop: bool
 
 
 class Engine:
@@ -52,6 +60,7 @@ class Engine:
         self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
         self.optimizer = make_optimizer(config, self.stages)
         self.scheduler = make_scheduler(config, self.optimizer)
+        self.health = Health(config.train)
         transformer = self._transformer
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = self.optimizer.scale_loss
@@ -77,23 +86,37 @@ class Engine:
             pg_collection=self.layout.groups,
         )
 
-    def train_step(self, micro_batches: Sequence[Batch]) -> StepResult:
-        """One update from this data-parallel rank's micro-batches (after the loss's transform)."""
+    def train_step(
+        self,
+        micro_batches: Sequence[Batch],
+        *,
+        wants_stop: Callable[[], bool] = lambda: False,
+    ) -> StepResult:
+        """One update from this data-parallel rank's micro-batches (after the loss's transform). There is
+        none if ``health`` refuses the loss or the gradient's norm is not finite; the schedule goes on.
+
+        Args:
+            wants_stop: whether this rank asks the run to stop; asked once its gradients are there.
+        """
         for stage in self.stages:
             stage.train()
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss, tokens = self._mean_loss(self._run(micro_batches, forward_only=False))
-        _, grad_norm, _ = self.optimizer.step()
+        reports = self._run(micro_batches, forward_only=False)
+        loss, tokens, stop = self._totals(reports, stop=wants_stop())
+        grad_norm, updated = math.nan, False
+        if self.health.accept(loss):
+            grad_norm, updated = update(self.optimizer)
         self.scheduler.step(1)
-        return StepResult(loss=loss, tokens=tokens, grad_norm=float(grad_norm or 0.0))
+        return StepResult(loss=loss, tokens=tokens, grad_norm=grad_norm, updated=updated, stop=stop)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
         """Mean token loss over the micro-batches of all data-parallel ranks, and their tokens."""
         for stage in self.stages:
             stage.eval()
-        return self._mean_loss(self._run(micro_batches, forward_only=True))
+        loss, tokens, _ = self._totals(self._run(micro_batches, forward_only=True))
+        return loss, tokens
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[Batch]) -> None:
@@ -122,18 +145,17 @@ class Engine:
         )
         return reports
 
-    def _mean_loss(self, reports: list[Tensor]) -> tuple[float, int]:
-        """Sums over micro-batches and data- and context-parallel ranks, from the last pipeline stage
-        to all ranks."""
+    def _totals(self, reports: list[Tensor], *, stop: bool = False) -> tuple[float, int, bool]:
+        """Mean loss and tokens over all micro-batches, and whether any rank asks to stop, on all ranks: one
+        sum over the job, to which the last pipeline stage brings the losses, each once."""
         groups = self.layout.groups
-        zero = torch.zeros(2, dtype=torch.float64, device=self.layout.device)
-        total = sum(reports, zero) if groups.pp.rank() == groups.pp.size() - 1 else zero
-        dist.all_reduce(total, group=groups.dp_cp)
-        if groups.pp.size() > 1:
-            last = dist.get_global_rank(groups.pp, groups.pp.size() - 1)
-            dist.broadcast(total, last, group=groups.pp)
-        loss, tokens = total.tolist()
-        return loss / max(tokens, 1.0), int(tokens)
+        total = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
+        if groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0:
+            total[:2] = sum(reports[1:], reports[0])
+        total[2] = float(stop)
+        dist.all_reduce(total)
+        loss, tokens, votes = total.tolist()
+        return loss / max(tokens, 1.0), int(tokens), votes > 0
 
 
 def _forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Any]:

@@ -1,0 +1,52 @@
+"""How a global batch is cut into micro-batches."""
+
+from __future__ import annotations
+
+from sinkbench.config import Config
+from sinkbench.errors import RecipeError
+
+DEFAULT_TOKENS = 2**15
+"""Most tokens of a micro-batch when the recipe leaves its size open."""
+
+
+def micro_batch_size(config: Config, data_size: int) -> int:
+    """Sequences per forward pass on one data-parallel rank: the recipe's, or the largest divisor of the
+    rank's share that has at most 2^15 tokens and keeps the pipeline filled.
+
+    Raises:
+        RecipeError: the global batch does not divide.
+    """
+    total, stages = config.train.global_batch_size, config.parallel.pipeline
+    share, rest = divmod(total, data_size)
+    if rest:
+        raise RecipeError(
+            "train.global_batch_size",
+            f"{total} is not divisible by the data-parallel size {data_size}",
+            "change it, or the number of processes",
+        )
+    interleaved = config.parallel.virtual_pipeline > 1
+    if interleaved and share % stages:
+        raise RecipeError(
+            "train.global_batch_size",
+            f"the interleaved pipeline needs a multiple of {stages} micro-batches, which {share} sequences "
+            "on one data-parallel rank do not give",
+            "change it",
+        )
+    size = config.train.micro_batch_size
+    if size is None:
+        most = max(1, min(DEFAULT_TOKENS // config.model.seq_length, share // stages))
+        unit = stages if interleaved else 1
+        size = max(n for n in range(1, most + 1) if share % (n * unit) == 0)
+    if share % size:
+        raise RecipeError(
+            "train.micro_batch_size",
+            f"{size} does not divide the {share} sequences of one data-parallel rank",
+            f"write a divisor of {share}",
+        )
+    if interleaved and (share // size) % stages:
+        raise RecipeError(
+            "train.micro_batch_size",
+            f"the interleaved pipeline needs a multiple of {stages} micro-batches, not {share // size}",
+            "change train.micro_batch_size or train.global_batch_size",
+        )
+    return size
