@@ -1,45 +1,61 @@
-"""The checkpoints of a run: written whole or not at all, found, checked and pruned.
+"""The checkpoints of a run: what is in a folder, whether it is as it was written, which ones are kept.
 
 checkpoints/step_200/      megatron's distributed files, recipe.yaml, checkpoint.json (written last)
+
+checkpoint.json has the size and SHA-256 of every other file, and of itself. While a checkpoint is written
+it is called .step_200.writing. A checkpoint of the same step is called .step_200.replaced until the new one
+has its place, and one that is deleted .step_200.deleting: whenever the process ends, what is called step_N
+is whole. ``saving.py`` writes checkpoints; here nothing imports torch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from sinkbench.config import CheckpointConfig
+from sinkbench.checksums import FileSum, hash_file, sync_folder, write_hashed
 from sinkbench.errors import CheckpointError
-from sinkbench.files import write_atomically
-
-if TYPE_CHECKING:
-    from sinkbench.megatron.training import Engine
+from sinkbench.failpoints import failpoint
 
 INFO = "checkpoint.json"
 RECIPE = "recipe.yaml"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
+"""Format 1 had the sizes of the files alone."""
 USE_EARLIER = "delete the folder to go on from an earlier checkpoint"
 _STEP = re.compile(r"step_(\d+)$")
+_LEFTOVER = re.compile(r"\.(step_\d+)\.(writing|replaced|deleting)$")
+_THREADS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """Attributes:
     layout: parallel sizes of the run that wrote it.
+    files: of every file but checkpoint.json.
     """
 
     folder: Path
     step: int
     layout: dict[str, int]
+    files: dict[str, FileSum]
 
     @property
     def recipe(self) -> Path:
         return self.folder / RECIPE
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but checkpoint.json."""
+        return sum(file.size for file in self.files.values())
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
@@ -53,35 +69,88 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(str(folder), "there is no such checkpoint", "name a folder checkpoints/step_N")
     path = folder / INFO
     try:
-        info = json.loads(path.read_text())
-        if info["format"] != FORMAT:
-            problem = f"it has format {info['format']}, this version reads {FORMAT}"
-            raise CheckpointError(str(folder), problem, "use a matching sinkbench")
-        sizes = {str(name): int(size) for name, size in info["files"].items()}
-        checkpoint = Checkpoint(folder=folder, step=int(info["step"]), layout=dict(info["layout"]))
+        checkpoint = _parse(folder, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         problem = f"{INFO} is missing, so it is not a complete checkpoint"
         raise CheckpointError(str(folder), problem, USE_EARLIER) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         problem = f"is damaged ({type(error).__name__}: {error})"
         raise CheckpointError(str(path), problem, USE_EARLIER) from None
-    _check_files(folder, sizes)
+    for name, file in checkpoint.files.items():
+        _check_size(folder / name, file)
     return checkpoint
 
 
-def _check_files(folder: Path, sizes: dict[str, int]) -> None:
-    for name in (*sizes, RECIPE):
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(str(path), "is missing", f"copy it again, or {USE_EARLIER}")
-        size = path.stat().st_size
-        if size != sizes.get(name, size):
-            problem = f"has {size} bytes where {INFO} says {sizes[name]}"
-            raise CheckpointError(str(path), problem, f"copy it again, or {USE_EARLIER}")
+def _parse(folder: Path, info: dict[str, Any]) -> Checkpoint:
+    if info["format"] not in READABLE:
+        problem = f"it has format {info['format']}, this version reads {' and '.join(map(str, READABLE))}"
+        raise CheckpointError(str(folder), problem, "use a matching sinkbench")
+    if info["format"] == 1:
+        files = {str(name): FileSum(int(size), None) for name, size in info["files"].items()}
+        files[RECIPE] = FileSum(-1, None)  # its size was not written down
+    else:
+        if info.pop("sha256") != _sum_of(info):
+            raise ValueError("its checksum is another")
+        files = {name: FileSum(file["size"], file["sha256"]) for name, file in info["files"].items()}
+    if wrong := next((name for name in files if Path(name).name != name), None):
+        raise ValueError(f"{wrong} is no file of the folder")
+    return Checkpoint(folder=folder, step=int(info["step"]), layout=dict(info["layout"]), files=files)
+
+
+def _check_size(path: Path, file: FileSum) -> None:
+    if not path.is_file():
+        raise CheckpointError(str(path), "is missing", f"copy it again, or {USE_EARLIER}")
+    size = path.stat().st_size
+    if file.size not in (size, -1):
+        problem = f"has {size} bytes where {INFO} says {file.size}"
+        raise CheckpointError(str(path), problem, f"copy it again, or {USE_EARLIER}")
+
+
+def verify_files(checkpoint: Checkpoint, names: Collection[str] | None = None) -> None:
+    """Reads files of a checkpoint, by default all, and compares them with their checksums. Those of
+    format 1 have none and pass.
+
+    Raises:
+        CheckpointError: a file is not what was written.
+    """
+    chosen = [name for name in checkpoint.files if names is None or name in names]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for problem in threads.map(lambda name: _difference(checkpoint, name), chosen):
+            if problem is not None:
+                raise problem
+
+
+def _difference(checkpoint: Checkpoint, name: str) -> CheckpointError | None:
+    path, expected = checkpoint.folder / name, checkpoint.files[name].sha256
+    remedy = f"copy it again, or {USE_EARLIER}"
+    try:
+        if expected is not None and hash_file(path) != expected:
+            return CheckpointError(
+                str(path), f"is not what was written (SHA-256 differs from {INFO})", remedy
+            )
+    except OSError as error:
+        return CheckpointError(str(path), f"cannot be read ({error.strerror or error})", remedy)
+    return None
+
+
+def write_info(folder: Path, *, step: int, layout: Mapping[str, int], files: Mapping[str, FileSum]) -> None:
+    """Writes checkpoint.json, which makes the folder a checkpoint.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    listed = {name: {"size": files[name].size, "sha256": files[name].sha256} for name in sorted(files)}
+    info = {"format": FORMAT, "step": step, "layout": dict(layout), "files": listed}
+    text = json.dumps(info | {"sha256": _sum_of(info)}, indent=2) + "\n"
+    write_hashed(folder / INFO, text.encode())
+
+
+def _sum_of(info: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
 
 
 class CheckpointStore:
-    """The folder ``checkpoints`` of a run."""
+    """The folder ``checkpoints`` of a run. One process changes it; any may read it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -98,69 +167,98 @@ class CheckpointStore:
         return self.open(steps[-1]) if steps else None
 
     def open(self, step: int) -> Checkpoint:
-        return open_checkpoint(self.folder / f"step_{step}")
+        """See ``open_checkpoint``; the checkpoint must be of the step its folder is named for."""
+        checkpoint = open_checkpoint(self.folder / f"step_{step}")
+        if checkpoint.step != step:
+            problem = f"says that it is of step {checkpoint.step}"
+            raise CheckpointError(str(checkpoint.folder / INFO), problem, "rename the folder")
+        return checkpoint
 
-    def save(self, engine: Engine, step: int, recipe: str, keep: CheckpointConfig) -> Path:
-        """All ranks call it. A checkpoint of the same step is replaced; older ones are pruned once the
-        new one is complete.
+    def recover(self) -> None:
+        """Tidies up after a process that was ended while it changed the folder: a checkpoint that was moved
+        away for a new one which is not there comes back, anything else that is half done goes.
 
         Raises:
-            CheckpointError: the folder cannot be written.
+            OSError: the folder cannot be changed.
         """
-        import torch.distributed as dist
+        if not self.folder.is_dir():
+            return
+        for path in sorted(self.folder.iterdir()):
+            match = _LEFTOVER.fullmatch(path.name)
+            if match and match[2] == "replaced" and not (self.folder / match[1]).exists():
+                path.rename(self.folder / match[1])
+            elif match:
+                shutil.rmtree(path)
 
-        from sinkbench.megatron import state
+    def begin(self, step: int) -> Path:
+        """The empty folder to write a checkpoint to.
 
-        target = self.folder / f"step_{step}"
+        Raises:
+            OSError: it cannot be made.
+        """
+        self.recover()
         temporary = self.folder / f".step_{step}.writing"
-        if engine.layout.is_main:
-            _fresh_folder(temporary)
-        dist.barrier()
-        state.save(engine, temporary)
-        dist.barrier()
-        if engine.layout.is_main:
-            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
-            write_atomically(temporary / RECIPE, recipe)
-            info = {"format": FORMAT, "step": step, "layout": state.layout_of(engine), "files": sizes}
-            write_atomically(temporary / INFO, json.dumps(info, indent=2) + "\n")
-            _flush(temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            self._prune(keep)
-        dist.barrier()
-        return target
+        temporary.mkdir(parents=True)
+        failpoint("save.folder")
+        return temporary
 
-    def load(self, engine: Engine, checkpoint: Checkpoint) -> None:
-        """Restores model, optimizer, schedule and, under the same layout, random states. All ranks
-        call it."""
-        from sinkbench.megatron import state
+    def commit(self, temporary: Path, step: int) -> None:
+        """Gives a complete folder its name. A checkpoint of the same step is there until then, if under
+        another name at the last moment, and comes back if the new one cannot take its place.
 
-        same = checkpoint.layout == state.layout_of(engine)
-        state.load(engine, checkpoint.folder, same_layout=same)
-
-    def _prune(self, keep: CheckpointConfig) -> None:
-        for leftover in self.folder.glob(".step_*.writing"):
-            shutil.rmtree(leftover)
-        for step in self.steps()[: -keep.keep_last]:
-            if not (keep.keep_every and step % keep.keep_every == 0):
-                shutil.rmtree(self.folder / f"step_{step}")
-
-
-def _fresh_folder(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise CheckpointError(
-            str(folder), f"cannot be written ({error.strerror or error})", "free the folder or the disk"
-        ) from error
-
-
-def _flush(folder: Path) -> None:
-    """The files reach the disk before the rename makes them a checkpoint."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
+        Raises:
+            OSError: the folder cannot be changed.
+        """
+        target, replaced = self.folder / f"step_{step}", self.folder / f".step_{step}.replaced"
+        sync_folder(temporary)
+        failpoint("save.rename")
+        replaces = target.exists()
+        if replaces:
+            target.rename(replaced)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            failpoint("save.replace")
+            temporary.rename(target)
+        except OSError:
+            if replaces:
+                replaced.rename(target)
+            raise
+        sync_folder(self.folder)
+        if replaces:
+            shutil.rmtree(replaced)
+        failpoint("save.done")
+
+    def superseded(self, keep_last: int, keep_every: int, *, verify: bool = False) -> list[int]:
+        """The steps that may go: older than the newest good checkpoint, neither among the last good ones to
+        keep nor a multiple of ``keep_every`` (0: none).
+
+        Args:
+            verify: the newest good one must also agree with its checksums.
+        """
+        steps = self.steps()
+        good = [step for step in steps if self._is_good(step, verify=False)]
+        while verify and good and not self._is_good(good[-1], verify=True):
+            del good[-1]
+        if not good:
+            return []
+        kept = {step for step in steps if keep_every and step % keep_every == 0} | {*good[-keep_last:]}
+        return [step for step in steps if step < good[-1] and step not in kept]
+
+    def _is_good(self, step: int, *, verify: bool) -> bool:
+        try:
+            checkpoint = self.open(step)
+            if verify:
+                verify_files(checkpoint)
+        except CheckpointError:
+            return False
+        return True
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint, which at no moment is there in part.
+
+        Raises:
+            OSError: it cannot be deleted.
+        """
+        deleting = self.folder / f".step_{step}.deleting"
+        os.rename(self.folder / f"step_{step}", deleting)
+        failpoint("prune.delete")
+        shutil.rmtree(deleting)

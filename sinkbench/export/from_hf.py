@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sinkbench import plugins, recipe
-from sinkbench.checkpoint import FORMAT, INFO, RECIPE
+from sinkbench.checkpoint import RECIPE, write_info
+from sinkbench.checksums import FileSum, hash_file
 from sinkbench.command import Parser, run_command
 from sinkbench.config import Config, padded_vocab_size
 from sinkbench.data.tokenizer import load_tokenizer
@@ -237,10 +237,13 @@ def _padded(table: Tensor, rows: int) -> Tensor:
 
 def _finish(folder: Path, config: Config) -> None:
     """Writes the recipe, and last what makes the folder a checkpoint."""
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
     (folder / RECIPE).write_text(recipe.dump(config), encoding="utf-8")
-    info = {"format": FORMAT, "step": 0, "layout": {}, "files": sizes}
-    (folder / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+    files = {
+        path.name: FileSum(path.stat().st_size, hash_file(path))
+        for path in folder.iterdir()
+        if path.is_file()
+    }
+    write_info(folder, step=0, layout={}, files=files)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,12 +12,12 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from sinkbench.errors import CheckpointError
+from sinkbench.safe_load import SafeReader
 
 LAYERS = "decoder.layers."
 _NOT_WEIGHTS = ("optimizer.", "random/")
@@ -46,13 +46,9 @@ class StoredTensors:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._last: tuple[tuple[str, int | None], Tensor] | None = None
-        self._reader = FileSystemReader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-            self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
-        except Exception as error:  # unpickling a damaged file may raise anything
-            problem = f"its metadata cannot be read ({type(error).__name__}: {error})"
-            raise CheckpointError(str(folder / ".metadata"), problem, "copy the checkpoint again") from error
+        self._reader = SafeReader(folder)
+        self._metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         self.tensors = {
             name: Stored(tuple(entry.size), entry.properties.dtype)
             for name, entry in self._metadata.state_dict_metadata.items()

@@ -135,7 +135,7 @@ def configuration(config: Config, resolved: Resolved, declared: Declarations) ->
         "tie_word_embeddings": model.tie_embeddings,
         "bidirectional_prefix": declared.loss.bidirectional_prefix,
         "plugins": {kind: _plugin(getattr(resolved, kind)) for kind in _KINDS},
-        "recipe": config.model_dump(mode="json"),
+        "recipe": config.model_dump(mode="json", by_alias=True),
     }
 
 

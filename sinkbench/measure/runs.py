@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from sinkbench import plugins, recipe
-from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore, open_checkpoint
+from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore, open_checkpoint, verify_files
 from sinkbench.config import Config, ParallelConfig
 from sinkbench.data.run_tokenizer import find_tokenizer
 from sinkbench.data.source import Arrays, SequenceSource, open_source
@@ -20,11 +20,18 @@ from sinkbench.model import build_stages, declare
 
 
 def find_checkpoint(target: Path, step: int | None) -> Checkpoint:
-    """The checkpoint that a target names: itself, or a run's checkpoint of a step (default: its last).
+    """The checkpoint that a target names: itself, or a run's checkpoint of a step (default: its last). All
+    of its files are as they were written.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
+    found = _open(target, step)
+    verify_files(found)
+    return found
+
+
+def _open(target: Path, step: int | None) -> Checkpoint:
     if not target.is_dir():
         raise CheckpointError(
             str(target), "there is no such folder", "give a run's folder or one of its checkpoints"

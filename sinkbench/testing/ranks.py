@@ -16,9 +16,10 @@ from torch import Tensor
 
 from sinkbench import recipe
 from sinkbench.api import Batch, LayerCapture, Metric, Observation
-from sinkbench.checkpoint import CheckpointStore, open_checkpoint
+from sinkbench.checkpoint import CheckpointStore
 from sinkbench.config import Config
 from sinkbench.model import Declarations, build_stages
+from sinkbench.saving import Saver, load
 from sinkbench.testing.subject import Subject, batch, tokens
 
 if TYPE_CHECKING:
@@ -210,14 +211,17 @@ def rank_resumes(rank: int, world_size: int, subject: Subject, folder: Path) -> 
     def go_on(engine: Engine, config: Config, declared: Declarations) -> list[float]:
         return [engine.train_step(micro_batches(config, declared, step)).loss for step in (1, 2)]
 
+    store = CheckpointStore(folder)
     with engine_of(subject) as (engine, config, declared, _):
         engine.train_step(micro_batches(config, declared, 0))
-        saved = CheckpointStore(folder).save(engine, 1, recipe.dump(config), config.checkpoint)
+        saver = Saver(store, engine.layout, config.checkpoint)
+        saver.save(engine, 1, recipe.dump(config))
+        saver.finish()
         (network,) = engine.networks
         weights = {name: p.detach().clone() for name, p in network.named_parameters()}
         straight = go_on(engine, config, declared)
     with engine_of(subject, "seed=4321") as (engine, config, declared, _):
-        CheckpointStore(folder).load(engine, open_checkpoint(saved))
+        load(engine, store.open(1))
         (network,) = engine.networks
         now = dict(network.named_parameters())
         different = [name for name, weight in weights.items() if not torch.equal(weight, now[name])]

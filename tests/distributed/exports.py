@@ -38,6 +38,7 @@ def rank_writes(
     from sinkbench.megatron.optimizer import prepare_for_loading
     from sinkbench.megatron.training import Engine
     from sinkbench.model import build_stages, declare
+    from sinkbench.saving import Saver
 
     config, resolved = prepare(recipe_and_overrides)
     declared = declare(config, resolved, 65)
@@ -52,7 +53,9 @@ def rank_writes(
             logits = _logits(stages[0].eval())
         engine = Engine(config, stages, layout)
         prepare_for_loading(engine.optimizer)  # it has not stepped, and cannot be saved without moments
-        CheckpointStore(folder).save(engine, 0, recipe.dump(config), config.checkpoint)
+        saver = Saver(CheckpointStore(folder), layout, config.checkpoint)
+        saver.save(engine, 0, recipe.dump(config))
+        saver.finish()
     return logits
 
 
