@@ -31,6 +31,7 @@ TINY = (
 LLAMA = "model={ffn: swiglu, ffn_hidden_size: 48, positional: rope, num_query_groups: 2}"
 GPT = "model={ffn: gelu, ffn_hidden_size: 48, normalization: layernorm, tie_embeddings: true}"
 BARE = "model={ffn: none, positional: none}"
+WIDE = "ffn_hidden_size: 48, positional: learned"
 MODELS = {
     "softmax": (LLAMA, "model.attention=softmax"),
     "off by one": (BARE, "model.attention=softmax_off_by_one"),
@@ -40,6 +41,21 @@ MODELS = {
         GPT,
         "model.attention={name: sigmoid, normalize: false, bias: learned, bias_init: -1.0}",
     ),
+    "post norm": (
+        f"model={{ffn: geglu, {WIDE}, normalization: {{name: layernorm, location: post}}}}",
+        "model.attention=softmax",
+    ),
+    "sandwich norm, summed heads": (
+        f"model={{ffn: reglu, {WIDE}, normalization: {{name: rmsnorm, location: sandwich}}}}",
+        "model.attention={name: softmax, combine: sum}",
+    ),
+    "sink token": (f"model={{ffn: swish, {WIDE}}}", "model.attention={name: softmax, sink_token: true}"),
+    "sink logit": (f"model={{ffn: relu, {WIDE}}}", "model.attention={name: sink_logit, initial: 0.5}"),
+    "softpick": (LLAMA, "model.attention=softpick"),
+    "gated per element": (LLAMA, "model.attention=gated"),
+    "gated per head": (LLAMA, "model.attention={name: gated, per: head}"),
+    "value residual": (LLAMA, "model.attention={name: value_residual, own: 0.6}"),
+    "normed queries and keys": (LLAMA, "model.attention=qk_norm"),
 }
 
 
