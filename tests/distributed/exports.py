@@ -78,12 +78,15 @@ def probe_tokens() -> torch.Tensor:
     return torch.randint(0, 65, (3, 40), generator=torch.Generator().manual_seed(1))
 
 
-def check_exports(folders: Sequence[Path], cache: Path) -> dict[str, dict[str, Any]]:
+def check_exports(
+    folders: Sequence[Path], cache: Path, python: str | None = None
+) -> dict[str, dict[str, Any]]:
     """What ``export_checks.py`` finds in each folder, in a process that cannot import sinkbench.
 
     Args:
         folders: exports, each with ``expected.pt``: tokens and logits.
         cache: where transformers copies the source to.
+        python: an interpreter that has transformers; default: this one.
     """
     environment = {
         "PATH": os.environ["PATH"],
@@ -91,7 +94,7 @@ def check_exports(folders: Sequence[Path], cache: Path) -> dict[str, dict[str, A
         "HF_HOME": str(cache),
         "OMP_NUM_THREADS": "1",
     }
-    python = os.environ.get("SINKBENCH_TEST_HF_PYTHON", sys.executable)
+    python = python or os.environ.get("SINKBENCH_TEST_HF_PYTHON", sys.executable)
     done = subprocess.run(
         [python, "-I", str(CHECKS), *map(str, folders)],
         env=environment,
