@@ -29,8 +29,10 @@ VOCAB_MULTIPLE = 64
 
 MAX_NAME = 200
 """Characters of a name or label, each of which becomes a folder's."""
-RESERVED_LABELS = ("checkpoints", "log.txt", "manifest.json", "measure", "metrics.jsonl", "recipe.yaml")
-RESERVED_LABELS += ("summary.json", "tensorboard", "wandb")
+RESERVED_LABELS = {
+    *("checkpoints", "log.txt", "manifest.json", "measure", "metrics.jsonl", "recipe.yaml", "stopped.json"),
+    *("summary.json", "tensorboard", "wandb", "wandb_run_id"),
+}
 """What sinkbench itself may write where a sweep's runs have their folders."""
 
 

@@ -37,18 +37,23 @@ class Fault:
 
 
 def explain(
-    error: ValidationError, schema: type[BaseModel], values: Any, also: Iterable[str] = ()
+    error: ValidationError,
+    schema: type[BaseModel],
+    values: Any,
+    also: Iterable[str] = (),
+    most: int | None = None,
 ) -> list[Fault]:
-    """Every error of a validation, the most telling first: wrong keys, then wrong values.
+    """The errors of a validation, the most telling first: wrong keys, then wrong values.
 
     Args:
         error: what pydantic raised.
         schema: the model that was validated.
         values: the plain values that it was given.
         also: keys of the top level that the model does not have.
+        most: how many are explained; default: all.
     """
     details = sorted(error.errors(include_url=False), key=lambda d: d["type"] != "extra_forbidden")
-    return [_fault(detail, schema, values, also) for detail in details]
+    return [_fault(detail, schema, values, also) for detail in details[:most]]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from sinkbench import recipe_scale, recipe_yaml
-from sinkbench.config import Config, ModelConfig
+from sinkbench.config import MAX_NAME, Config, ModelConfig
 from sinkbench.errors import RecipeError, SinkbenchError
-from sinkbench.explain import explain
+from sinkbench.explain import explain, show
 from sinkbench.recipe_files import find
 from sinkbench.recipe_layers import BLOCKS, Layer, flatten, is_within, merge, nest
 
@@ -28,6 +29,12 @@ COMMAND_LINE = "command line"
 EXTENDS = "extends+="
 GENERATED = "sweep"
 """Provenance of a label that was made from a run's values."""
+MAX_RUNS = 1000
+"""Of a sweep."""
+MAX_BASES = 50
+"""Recipes that extend one another in a row."""
+NAMED_FAULTS = 10
+"""Wrong keys that a message names."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +70,12 @@ def load(reference: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             is malformed.
     """
     path = find(reference)
-    layer = _load_file(path, ())
+    known: dict[Path, Layer] = {}
+    layer = copy.deepcopy(_load_file(path, (), known))
     for text in overrides:
         if text.startswith(EXTENDS):
-            merge(layer, _load_file(find(text.removeprefix(EXTENDS), where=f"{COMMAND_LINE}: extends"), ()))
+            base = find(text.removeprefix(EXTENDS), where=f"{COMMAND_LINE}: extends")
+            merge(layer, _load_file(base, (), known))
     merge(layer, _overrides([text for text in overrides if not text.startswith(EXTENDS)]))
     sweep = layer.values.pop("sweep", None)
     if sweep is not None:
@@ -88,10 +97,12 @@ def to_config(recipe: Recipe) -> Config:
         # JSON in strict mode: a list may become a tuple, but "5", true and 5.0 are no integers.
         return Config.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as e:
-        first, *others = explain(e, Config, values, also=("extends", "scale", "sweep"))
+        first, *others = explain(e, Config, values, also=("extends", "scale", "sweep"), most=NAMED_FAULTS + 1)
+        count = e.error_count() - 1
     problem = first.problem
     if others:
-        problem += f" (and {len(others)} more: {', '.join(dict.fromkeys(f.key for f in others))})"
+        more = ", ..." if count > len(others) else ""
+        problem += f" (and {count} more: {', '.join(dict.fromkeys(f.key for f in others))}{more})"
     where = origin(recipe.provenance, first.key, first.problem) or display(recipe.path)
     key = f": {first.key}" if first.key else ""
     raise RecipeError(f"{where}{key}", problem, first.remedy)
@@ -101,10 +112,15 @@ def expand(recipe: Recipe) -> list[Recipe]:
     """The runs of a sweep, in order, each with a ``label``; a recipe without a sweep is one run.
 
     Raises:
-        RecipeError: labels collide, or the command line sets what the sweep varies.
+        RecipeError: labels collide, there are too many runs, or the command line sets what the sweep
+            varies.
     """
     if recipe.sweep is None:
         return [recipe]
+    count = _run_count(recipe)
+    if count > MAX_RUNS:
+        where = f"{recipe.provenance.get('sweep', display(recipe.path))}: sweep"
+        raise RecipeError(where, f"it has {count:,} runs", f"a sweep has at most {MAX_RUNS:,}; vary less")
     if isinstance(recipe.sweep, dict):
         keys = list(recipe.sweep)
         sets = [dict(zip(keys, row, strict=True)) for row in itertools.product(*recipe.sweep.values())]
@@ -139,7 +155,7 @@ def require_single(recipe: Recipe) -> Recipe:
         where = display(recipe.path)
         remedy = f"run `sinkbench sweep {where}`, or add sweep=null for the recipe without it"
         place = recipe.provenance.get("sweep", where)
-        raise RecipeError(f"{place}: sweep", f"this recipe is a sweep of {len(expand(recipe))} runs", remedy)
+        raise RecipeError(f"{place}: sweep", f"this recipe is a sweep of {_run_count(recipe):,} runs", remedy)
     return recipe
 
 
@@ -176,23 +192,36 @@ def locate(error: SinkbenchError, provenance: dict[str, str]) -> SinkbenchError:
 
 def display(path: Path) -> str:
     """A path as a user would write it: relative to the working directory where that is shorter."""
-    absolute = path.absolute()
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+    absolute, here = path.absolute(), Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else str(absolute)
 
 
 # --- files and layers -----------------------------------------------------------------------------
 
 
-def _load_file(path: Path, stack: tuple[Path, ...]) -> Layer:
+def _load_file(path: Path, stack: tuple[Path, ...], known: dict[Path, Layer]) -> Layer:
+    """A file laid over what it extends.
+
+    Args:
+        stack: the files that led here by extending.
+        known: layers of files that were read before, so that one which is extended along many ways is
+            read once.
+    """
     path = path.resolve()
     name = display(path)
+    if path in known:
+        return known[path]
+    if len(stack) > MAX_BASES:
+        problem = f"more than {MAX_BASES} recipes extend one another in a row"
+        raise RecipeError(f"{display(stack[0])}: extends", problem, "write fewer, longer recipes")
     if path in stack:
         chain = " -> ".join(display(p) for p in (*stack[stack.index(path) :], path))
         raise RecipeError(
             f"{display(stack[-1])}: extends", f"a cycle: {chain}", "remove one of these extends"
         )
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(recipe_yaml.MAX_CHARACTERS + 1)
     except UnicodeDecodeError as e:
         raise RecipeError(name, f"not UTF-8 at byte {e.start}", "save it as UTF-8") from None
     except OSError as e:
@@ -210,9 +239,10 @@ def _load_file(path: Path, stack: tuple[Path, ...]) -> Layer:
         raise RecipeError(where, "must be a recipe or a list of recipes", "write extends: [a.yaml, b.yaml]")
     layer = Layer()
     for base in bases:
-        merge(layer, _load_file(find(base, path.parent, where), (*stack, path)))
+        merge(layer, _load_file(find(base, path.parent, where), (*stack, path), known))
     own = {key: place for key, place in origins.items() if not key.startswith("extends[")}
     merge(layer, Layer(values, own))
+    known[path] = layer
     return layer
 
 
@@ -222,6 +252,8 @@ def _overrides(overrides: Sequence[str]) -> Layer:
         key, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", key):
             raise RecipeError(f"{COMMAND_LINE}: {text}", "not an override", "write key.path=value")
+        if key.count(".") > recipe_yaml.MAX_DEPTH:
+            raise RecipeError(f"{COMMAND_LINE}: {show(text)}", "no key is as deep", "write key.path=value")
         if key == "extends":
             raise RecipeError(
                 f"{COMMAND_LINE}: {text}",
@@ -257,6 +289,10 @@ def _check_sweep(sweep: Any, origins: dict[str, str], path: Path) -> None:
             where, "must be a grid or a list of override sets", "write sweep: {optim.lr: [1e-3, 1e-4]}"
         )
     if isinstance(sweep, list):
+        for number, run in enumerate(sweep):
+            if not isinstance(run.get("label", ""), str):
+                place = origins.get(f"sweep[{number}].label", where)
+                raise RecipeError(f"{place}: sweep[{number}].label", "must be a word", "or leave it out")
         return
     for key, choices in sweep.items():
         if key == "label":
@@ -264,6 +300,12 @@ def _check_sweep(sweep: Any, origins: dict[str, str], path: Path) -> None:
         if not isinstance(choices, list) or not choices:
             place = origins.get(f"sweep.{key}", where)
             raise RecipeError(f"{place}: sweep.{key}", "must be a list of values", f"write {key}: [a, b]")
+
+
+def _run_count(recipe: Recipe) -> int:
+    if isinstance(recipe.sweep, dict):
+        return math.prod(len(choices) for choices in recipe.sweep.values())
+    return len(recipe.sweep or ())
 
 
 def _refuse_overridden(recipe: Recipe, keys: Iterable[str]) -> None:
@@ -283,7 +325,7 @@ def _refuse_equal_labels(recipe: Recipe, runs: list[Recipe]) -> None:
         where = f"{recipe.provenance.get('sweep', display(recipe.path))}: sweep"
         if label in seen:
             raise RecipeError(where, f"two runs have the label {label}", "give each run another label:")
-        if len(label) > 200:
+        if len(label) > MAX_NAME:
             raise RecipeError(
                 where, f"the label {label[:40]}... is too long for a folder", "give label: yourself"
             )

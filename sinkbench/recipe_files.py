@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sinkbench import discovery
 from sinkbench.errors import RecipeError
-from sinkbench.explain import nearest
+from sinkbench.explain import nearest, show
 
 SHIPPED = "sinkbench"
 """``sinkbench:demo.yaml`` is the shipped recipe, whatever lies in the working directory."""
@@ -43,13 +43,21 @@ def find(reference: str | Path, folder: Path | None = None, where: str | None = 
         name, root = text, shipped_root()
         folders = [folder or Path(), *([root] if root else [])]
     candidates = [candidate for base in folders for candidate in _spellings(base / name)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    if any(candidate.is_dir() for candidate in candidates):
+    try:
+        for candidate in candidates:
+            if candidate.is_file():
+                return candidate
+        present = [candidate for candidate in candidates if candidate.exists()]
+        remedy = "" if present else _remedy(name, folders)
+    except OSError as error:
+        problem = f"{show(text)} cannot be looked up ({error.strerror})"
+        raise RecipeError(where or show(text), problem, "correct the path") from None
+    if any(candidate.is_dir() for candidate in present):
         raise RecipeError(where or text, f"{text!r} is a folder", "name the recipe file in it")
-    problem = f"there is no recipe {text!r}" if where else "there is no such recipe"
-    raise RecipeError(where or text, problem, _remedy(name, folders))
+    if present:
+        raise RecipeError(where or text, f"{text!r} is not a file", "name a recipe file")
+    problem = f"there is no recipe {show(text)}" if where else "there is no such recipe"
+    raise RecipeError(where or text, problem, remedy)
 
 
 def _remedy(name: str, folders: list[Path]) -> str:

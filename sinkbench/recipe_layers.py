@@ -71,10 +71,11 @@ def _merge_mapping(
         # A sweep is one value: its keys are not those of the recipe.
         section = isinstance(value, dict) and path != "sweep"
         if not section or _replaces(path, old.get(key), value):
-            for gone in [k for k in old_origins if is_within(k, path)]:
+            for gone in [k for k in old_origins if is_within(k, path)] if key in old else ():
                 del old_origins[gone]
             old[key] = {} if section else copy.deepcopy(value)
-            kept = (path,) if section else tuple(k for k in new_origins if is_within(k, path))
+            whole = isinstance(value, list | dict) and not section
+            kept = tuple(k for k in new_origins if is_within(k, path)) if whole else (path,)
             old_origins.update((k, new_origins[k]) for k in kept)
         if section:
             _merge_mapping(old[key], old_origins, value, new_origins, f"{path}.")

@@ -13,6 +13,8 @@ from sinkbench.errors import RecipeError
 from sinkbench.explain import all_keys, nearest, show
 from sinkbench.recipe_layers import Layer, flatten
 
+MAX_FACTOR = 1e9
+
 
 def take(layer: Layer, where: str) -> dict[str, float]:
     """Takes ``scale`` out of a recipe's values: factors by dotted key.
@@ -35,8 +37,9 @@ def take(layer: Layer, where: str) -> dict[str, float]:
         place = f"{layer.origins.get(f'scale.{key}', where)}: scale.{key}"
         if key not in known:
             raise RecipeError(place, "no recipe has such a key", nearest(key, known))
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor < float("inf"):
-            raise RecipeError(place, f"{show(factor)} is not a factor", "write a number above 0")
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= MAX_FACTOR:
+            remedy = f"write a number above 0, at most {MAX_FACTOR:g}"
+            raise RecipeError(place, f"{show(factor)} is not a factor", remedy)
     return factors
 
 

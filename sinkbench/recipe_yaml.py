@@ -2,18 +2,25 @@
 
 PyYAML follows YAML 1.1, where ``on`` is true, ``4e-4`` a string and ``2024-01-01`` a date. Here a
 boolean is true or false, ``4e-4`` a float, and all else a string. Aliases and tags are refused: a
-recipe is read by people, and what is shared goes into a file to extend.
+recipe is read by people, and what is shared goes into a file to extend. Nothing is ever built from the
+text but plain values, and what no recipe needs is refused before it costs time: texts beyond
+``MAX_CHARACTERS``, nesting beyond ``MAX_DEPTH``, integers beyond 64 bits.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from sinkbench.errors import RecipeError
+
+MAX_CHARACTERS = 100_000
+"""Of one file or override: several times the longest list of runs that anyone wrote by hand."""
+MAX_DEPTH = 20
+"""Sections within sections."""
 
 _TAG = "tag:yaml.org,2002:"
 
@@ -31,11 +38,23 @@ _IMPLICIT = (
 
 
 def _integer(text: str) -> int:
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    if len(text) > 64:
+        raise ValueError("the number does not fit into 64 bits")
+    value = int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("the number does not fit into 64 bits")
+    return value
 
 
 def _float(text: str) -> float:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+
+
+def _string(text: str) -> str:
+    # YAML's escapes can write what neither a path nor UTF-8 can hold.
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("a NUL or half a surrogate pair cannot be in a text")
+    return text
 
 
 _CONSTRUCT: dict[str, Callable[[str], Any]] = {
@@ -43,7 +62,7 @@ _CONSTRUCT: dict[str, Callable[[str], Any]] = {
     _TAG + "int": _integer,
     _TAG + "float": _float,
     _TAG + "null": lambda _: None,
-    _TAG + "str": str,
+    _TAG + "str": _string,
 }
 
 
@@ -52,13 +71,21 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {}  # noqa: RUF012 - the name and form are PyYAML's
 
+    depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.composer.ComposerError(
-                None, None, "an alias is not allowed: write the value out", mark
-            )
-        return super().compose_node(parent, index)
+            self._refuse("an alias is not allowed: write the value out")
+        if self.depth > MAX_DEPTH:
+            self._refuse(f"it is nested more than {MAX_DEPTH} deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _refuse(self, problem: str) -> NoReturn:
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        raise yaml.composer.ComposerError(None, None, problem, mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -108,7 +135,10 @@ class _Reader:
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise self.error(key_node, path, "a key must be a word", "write key: value")
-            key = str(key_node.value)
+            try:
+                key = _string(key_node.value)
+            except ValueError as e:
+                raise self.error(key_node, path, str(e), "write another key") from None
             inner = f"{path}.{key}" if path else key
             if key in values:
                 problem = f"the key is given twice, first in line {first[key]}"
@@ -132,16 +162,18 @@ def parse(text: str, source: str, path: str = "", lines: bool = True) -> tuple[A
         The plain value, and for every dotted key in it the place it was written, ``source:line``.
 
     Raises:
-        RecipeError: not YAML, a duplicate key, an alias, a tag.
+        RecipeError: not YAML, a duplicate key, an alias, a tag, or more than any recipe needs.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise RecipeError(
+            source, f"it has {len(text):,} characters", f"a recipe has at most {MAX_CHARACTERS:,}"
+        )
     reader = _Reader(source, lines)
     try:
         node = yaml.compose(text, Loader=_Loader)
         value = None if node is None else reader.read(node, path)
     except yaml.YAMLError as e:
         raise _syntax_error(e, source, path, lines) from None
-    except RecursionError:
-        raise RecipeError(source, "the YAML is nested too deeply", "flatten it") from None
     return value, reader.origins
 
 

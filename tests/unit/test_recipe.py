@@ -24,9 +24,9 @@ def test_scalars_follow_yaml_1_2() -> None:
 scalars = (
     st.none()
     | st.booleans()
-    | st.integers()
+    | st.integers(-(2**63), 2**63 - 1)
     | st.floats(allow_nan=False)
-    | st.text(st.characters(exclude_categories=["Cs"]))
+    | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
     | st.from_regex(r"\A([-+.0-9eExXobn~:_ ]{1,6}|yes|No|ON|null|1e-3|=|<<)\Z")
 )
 trees = st.recursive(
@@ -45,7 +45,7 @@ def test_dumped_values_read_back_equal(tree: object) -> None:
 
 @pytest.mark.parametrize("text", ["[" * 5000, "{a: " * 5000])
 def test_nesting_has_a_limit(text: str) -> None:
-    with pytest.raises(RecipeError, match="nested too deeply"):
+    with pytest.raises(RecipeError, match="nested more than 20 deep"):
         recipe_yaml.parse(text, "text")
 
 
