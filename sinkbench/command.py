@@ -58,10 +58,29 @@ def run_command(function: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.errno not in _UNWRITABLE or error.filename is None:
+        if error.errno not in _UNWRITABLE:
             raise
+        where = "output" if error.filename is None else str(error.filename)
         problem = f"cannot be used ({error.strerror})"
-        return _report(HostError(str(error.filename), problem, "free space there, or choose another path"))
+        return _report(HostError(where, problem, "free space there, or choose another path"))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        first = " ".join((str(error).splitlines() or [""])[0].split())[:200]
+        remedy = (
+            "lower train.micro_batch_size or the model's sizes, set train.recompute, or use more processes"
+        )
+        return _report(HostError("memory", f"there is not enough ({first})", remedy))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """On the host or on a card. torch, which may not be imported, has a class for the card alone."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: not enough memory" in str(error)
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )
 
 
 def _report(error: SinkbenchError) -> int:
@@ -80,7 +99,8 @@ def leave_the_word_to_others() -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    text = os.environ.get("RANK", "0")
+    return int(text) if text.isdecimal() else 0  # this may be the error to report
 
 
 def _reader_has_left() -> bool:

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from sinkbench import plugins, recipe, stopping
+from sinkbench import plugins, preflight, recipe, stopping
 from sinkbench.command import Parser, leave_the_word_to_others, run_command
 from sinkbench.errors import SinkbenchError
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> None:
+    preflight.check_launcher()
     stopping.die_with_launcher()
     with stopping.before_training(arguments.recipe):
         try:
@@ -53,10 +54,11 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     loaded = recipe.require_single(recipe.load(arguments.recipe, arguments.overrides))
     config = recipe.to_config(loaded)
     resolved = plugins.resolve(config, plugins.discover(), loaded.provenance)
-
-    from sinkbench.trainer import train
-
     try:
+        preflight.check_host(config)
+
+        from sinkbench.trainer import train
+
         summary = train(config, resolved)
     except SinkbenchError as error:
         raise recipe.locate(error, loaded.provenance) from error

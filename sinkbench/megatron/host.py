@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from sinkbench.errors import HostError
+
 _LITERALS = {"cuda": "cpu"}
 _prepared: torch.device | None = None
 
@@ -34,6 +36,9 @@ def prepare(device: str = "auto") -> torch.device:
 
     Args:
         device: "auto", "cpu" or "cuda". "cuda" takes the card of LOCAL_RANK.
+
+    Raises:
+        HostError: there are fewer cards than processes.
     """
     global _prepared
     if _prepared is not None:
@@ -41,6 +46,9 @@ def prepare(device: str = "auto") -> torch.device:
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if use_cuda:
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            problem = f"{local_rank} is not below the number of CUDA cards, {torch.cuda.device_count()}"
+            raise HostError("LOCAL_RANK", problem, "start one process for each card, or train.device=cpu")
         torch.cuda.set_device(local_rank)
         _prepared = torch.device("cuda", local_rank)
     else:

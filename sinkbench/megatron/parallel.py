@@ -100,7 +100,14 @@ def start(config: Config) -> Layout:
 def _init_process_group(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except (dist.DistError, ValueError) as error:
+            where = (
+                f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}, MASTER_PORT {os.environ.get('MASTER_PORT')}"
+            )
+            problem = f"the processes do not find one another ({(str(error).splitlines() or [''])[0][:200]})"
+            raise HostError(where, problem, "start with torchrun, or correct these") from error
         return
     store = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
