@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 import pluggy
 from pydantic import BaseModel, ConfigDict
 
+from sinkbench.deprecation import ApiDeprecationWarning
 from sinkbench.errors import PluginError
 
 if TYPE_CHECKING:
@@ -26,8 +27,10 @@ if TYPE_CHECKING:
     from sinkbench.config import Config
 
 __all__ = [
+    "API_VERSION",
     "KINDS",
     "PROJECT",
+    "ApiDeprecationWarning",
     "AttentionSpec",
     "Batch",
     "BuildContext",
@@ -57,6 +60,12 @@ __all__ = [
     "WeightRule",
     "hookimpl",
 ]
+
+API_VERSION = "1.0"
+"""Version of this module. The second number grows when something is added, the first when something that
+plugins use is changed or taken away; that is announced by an ApiDeprecationWarning for one version before. A
+package names the version it was written for as an entry point: ``"1.0" = "sinkbench.api"`` in the group
+``sinkbench.api``."""
 
 PROJECT = "sinkbench"
 """The pluggy project name and the entry-point group."""

@@ -1,9 +1,10 @@
-"""``sinkbench plugins``: what is installed, who provides it, and what it can be given."""
+"""``sinkbench plugins``: what is installed, who provides it, what it can be given; and a new one."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -29,14 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("kind", nargs="?", metavar="KIND", help=f"one of {', '.join(KINDS)}")
         command.add_argument("name", nargs="?", metavar="NAME", help="a plugin of that kind")
         command.add_argument("--json", action="store_true", help="print JSON")
+    text = "write the package of a new plugin"
+    command = commands.add_parser("new", help=text, description=text)
+    command.add_argument("name", metavar="NAME", help="of the plugin, such as squared_relu")
+    command.add_argument("--kind", required=True, help=f"one of {', '.join(KINDS)}")
+    command.add_argument(
+        "--folder", type=Path, default=Path(), metavar="DIR", help="where its folder is made (default: here)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print plugins.
+    """Print plugins, or write a new one.
 
     Raises:
-        PluginError: there is no such kind or name.
+        PluginError: there is no such kind or name, or a new plugin cannot be called or written so.
     """
+    if args.action == "new":
+        _new(args.name, args.kind, args.folder)
+        return
     index = plugins.discover()
     found = _select(index, args.kind, args.name)
     if args.json:
@@ -45,6 +56,17 @@ def run(args: argparse.Namespace) -> None:
         _print_list(index, found)
     else:
         print("\n\n".join(_description(item) for item in found))
+
+
+def _new(name: str, kind: str, parent: Path) -> None:
+    from sinkbench.scaffold.package import new_package
+
+    folder = new_package(name, kind, parent)
+    print(f"{folder}: a package with the {kind} plugin {name}\n")
+    print(f"  cd {folder}")
+    print("  pip install -e '.[test]'")
+    print(f"  sinkbench plugins show {kind} {name}")
+    print("  pytest")
 
 
 def _select(index: PluginIndex, kind: str | None, name: str | None) -> list[Found]:

@@ -19,13 +19,17 @@ from typing import Any
 import pluggy
 
 from sinkbench import hookspecs
-from sinkbench.api import PROJECT
+from sinkbench.api import API_VERSION, PROJECT
 from sinkbench.errors import PluginError
 from sinkbench.explain import nearest
 
 SELECTION = "SINKBENCH_PLUGINS"
 """Environment variable: a comma list; ``-name`` leaves a package out, bare names leave out all others.
 A name is that of a distribution, of an entry point, or distribution:entry_point."""
+
+API_GROUP = "sinkbench.api"
+"""Entry-point group in which a package names the version of sinkbench.api that it was written for. It is read
+before the package is imported, so that a newer one does not fail with what it could not import."""
 
 TRACE = "SINKBENCH_TRACE_PLUGINS"
 """Environment variable: 1 prints every hook call to stderr."""
@@ -138,6 +142,10 @@ def leave_out(packages: Sequence[Package]) -> str:
 
 
 def _load(found: Discovery, package: Package, point: EntryPoint) -> None:
+    other = _other_api(point)
+    if other:
+        found.fail(package, other)
+        return
     try:
         plugin = point.load()
     except (Exception, SystemExit) as e:  # a plugin's import may do anything
@@ -154,6 +162,27 @@ def _load(found: Discovery, package: Package, point: EntryPoint) -> None:
         found.fail(package, _text(e))
         return
     found.loaded[package] = plugin
+
+
+def _other_api(point: EntryPoint) -> str | None:
+    """What is wrong with the version of sinkbench.api that a package names, if it names one."""
+    ours = _numbers(API_VERSION)
+    assert ours is not None
+    named = point.dist.entry_points.select(group=API_GROUP) if point.dist else ()
+    for wanted in (entry.name for entry in named):
+        theirs = _numbers(wanted)
+        if theirs is None:
+            return f"it names sinkbench.api {wanted!r}, which is not a version such as {API_VERSION}"
+        if theirs > ours:
+            return f"it needs sinkbench.api {wanted}, newer than the {API_VERSION} here: upgrade sinkbench"
+        if theirs[0] < ours[0]:
+            return f"it was written for sinkbench.api {wanted}, older than the {API_VERSION} here: upgrade it"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, int] | None:
+    match = re.fullmatch(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def _package(point: EntryPoint) -> Package:

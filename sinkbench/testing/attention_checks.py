@@ -282,7 +282,7 @@ def measurement(session: Session) -> str:
         elif (total > whole).any():
             raise Failed(f"{row_sum}, above {scale:g}")
     if isinstance(rule, Elementwise) and rule.normalize is True:
-        if ((total - scale).abs() > 1e-3 * scale).any():
+        if (total > (1 + 1e-3) * scale).any():
             raise Failed(f"{row_sum}, although rows are normalised")
         if (weights < 0).any():
             raise Failed(f"weights go down to {weights.min():.3g} in rows divided by their sum")

@@ -141,7 +141,7 @@ def compare(
     """
     if found.shape != expected.shape:
         raise Failed(f"{what} has shape {list(found.shape)} instead of {list(expected.shape)}")
-    error = (found.double() - expected.double()).abs()
+    error = (found.detach().double() - expected.detach().double()).abs()
     wrong = ~(error <= absolute + relative * expected.double().abs())
     if wrong.any():
         report_difference(what, found, expected, error, int(wrong.sum()))
