@@ -189,11 +189,10 @@ def push(folder: Path, repository: str, private: bool) -> str:
         The model's address.
 
     Raises:
-        HostError: huggingface_hub is not installed, or the hub refuses.
+        HostError: huggingface_hub is not installed, or the hub refuses or cannot be reached.
     """
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     except ImportError as error:
         raise HostError(
             "--push", "huggingface_hub is not installed", "pip install 'sinkbench[hf]'"
@@ -202,11 +201,12 @@ def push(folder: Path, repository: str, private: bool) -> str:
     try:
         address = str(api.create_repo(repository, private=private, exist_ok=True))
         api.upload_folder(folder_path=folder, repo_id=repository)
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        problem = f"the hub refuses {repository} ({error})"
-        raise HostError(
-            "--push", problem, f"log in with `hf auth login`; the model is in {folder}"
-        ) from error
+    except Exception as error:
+        # whatever the network did: the kinds differ by version of the hub's client
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        problem = f"{repository} cannot be uploaded ({reason})"
+        remedy = f"log in with `hf auth login`, or go online; the model is in {folder}"
+        raise HostError("--push", problem, remedy) from error
     return address
 
 
