@@ -107,7 +107,7 @@ class Health:
         if not result.updated and not stop:
             what += f"; no update ({self.skipped} of at most {self.config.max_skipped_steps} running)"
         elif self.skipped > 1:
-            what += f", for the {self.skipped}th step running"
+            what += f", for {self.skipped} steps running"
         keys = "train.max_skipped_steps" + (" or change train.on_spike" if spike else "")
         return Trouble(
             event="spike" if result.updated else "skipped",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sinkbench import plugins
 from sinkbench.api import (
     AttentionSpec,
     BuildContext,
@@ -127,7 +128,7 @@ def _check_parallel_residual(normalization: NormalizationSpec) -> None:
 
 
 def _built(chosen: Chosen, context: BuildContext, kind: type[T]) -> T:
-    built = chosen.plugin.build(chosen.params, context)
+    built = plugins.build(chosen, context)
     if not isinstance(built, kind):
         raise PluginError(
             f"{chosen.path}: plugin {chosen.plugin.name} of {chosen.package}",

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from sinkbench import discovery
-from sinkbench.api import KINDS, Params, Plugin
+from sinkbench.api import KINDS, BuildContext, Params, Plugin
 from sinkbench.config import Config, PluginRef
 from sinkbench.discovery import Broken, Package
-from sinkbench.errors import PluginError
+from sinkbench.errors import DEBUG, PluginError, SinkbenchError
 from sinkbench.explain import explain, nearest
 
 
@@ -169,6 +169,23 @@ def resolve(config: Config, index: PluginIndex, provenance: Mapping[str, str] | 
     )
     _check_fit(tuple(resolved), config, index, places)
     return resolved
+
+
+def build(chosen: Chosen, context: BuildContext) -> Any:
+    """What a plugin makes of its parameters for a model.
+
+    Raises:
+        PluginError: its build raised something else; that is the cause of this error.
+    """
+    try:
+        return chosen.plugin.build(chosen.params, context)
+    except SinkbenchError:
+        raise
+    except Exception as error:
+        where = f"{chosen.path}: plugin {chosen.plugin.name} of {chosen.package}"
+        problem = f"its build raised {type(error).__name__}: {error}"
+        remedy = f"repair it in {chosen.package.module}; {DEBUG}=1 shows the traceback"
+        raise PluginError(where, problem, remedy) from error
 
 
 def resolve_metrics(config: Config, index: PluginIndex) -> tuple[Chosen, ...]:

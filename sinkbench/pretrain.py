@@ -32,6 +32,8 @@ def _main(arguments: argparse.Namespace) -> None:
     with stopping.before_training(arguments.recipe):
         try:
             _pretrain(arguments)
+        except SinkbenchError:
+            raise  # one line, which run_command prints
         except Exception as error:
             if stopping.under_torchrun():
                 _tell_launcher(error)

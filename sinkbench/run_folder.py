@@ -149,6 +149,16 @@ def join(folder: Path) -> TextIO:
     return _locked(folder / RANKS_LOCK, fcntl.LOCK_SH, LOCK_WAIT_S, busy)
 
 
+def hold(folder: Path) -> TextIO:
+    """A run folder for a command that changes it: no run can start there until the file is closed.
+
+    Raises:
+        HostError: a run lives there.
+    """
+    busy = "a run is writing here", "wait for it, or stop it"
+    return _locked(folder / LOCK, fcntl.LOCK_EX, LOCK_WAIT_S, busy)
+
+
 def _locked(path: Path, kind: int, wait_s: float, busy: tuple[str, str]) -> TextIO:
     """The file with a lock on it, which lasts until it is closed or the process ends."""
     file = path.open("a+")

@@ -21,15 +21,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from sinkbench import plugins, recipe
 from sinkbench.config import Config
-from sinkbench.errors import DataError, RecipeError
+from sinkbench.errors import STOPPED_EXIT_CODE, DataError, RecipeError
 from sinkbench.files import write_atomically
 from sinkbench.recipe import Recipe
 from sinkbench.report.table import comparison_table
-from sinkbench.run_folder import folder_of, refuse_other_recipe, write_json
+from sinkbench.run_folder import STOPPED, folder_of, refuse_other_recipe, write_json
 
 POLL_S = 0.2
-END_WAIT_S = 30.0
-"""Time for a run to write what it must after it is asked to end."""
+END_WAIT_S = 120.0
+"""Time for a run to finish its step and to save after it is asked to end."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +44,11 @@ class SweepRun:
     @property
     def finished(self) -> bool:
         return (self.folder / "summary.json").exists()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was asked to end, and can go on."""
+        return (self.folder / STOPPED).exists()
 
     @property
     def started(self) -> bool:
@@ -64,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a sweep; the exit code is 1 if any of its runs failed.
+    """Run a sweep; the exit code is 1 if any of its runs failed, else 75 if any was stopped and can go on.
 
     Raises:
         RecipeError: the recipe has no sweep, or a run of it is wrong; nothing was written then.
@@ -84,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
     for item in runs:
         if item.finished:
             print(f"{item.folder}: already finished", file=sys.stderr)
-    failed = Jobs(args.jobs, args.nproc_per_node).run(waiting) if waiting else {}
+    ended = Jobs(args.jobs, args.nproc_per_node).run(waiting) if waiting else {}
+    failed = {item: code for item, code in ended.items() if not item.stopped}
+    stopped = [item for item in ended if item.stopped]
     rows = [read_summary(item) for item in runs if item.finished]
     write_json(runs[0].folder.parent / "summary.json", rows)
     if rows:
@@ -93,7 +100,15 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(f"{item.label} (exit code {code})" for item, code in failed.items())
         where = "see their log.txt" if args.jobs > 1 else "see above"
         print(f"{len(failed)} of {len(runs)} runs failed: {names}; {where}", file=sys.stderr)
-    return 1 if failed else 0
+    if stopped:
+        names = ", ".join(item.label for item in stopped)
+        print(
+            f"{len(stopped)} of {len(runs)} runs were stopped: {names}; the same command goes on with them",
+            file=sys.stderr,
+        )
+    if failed:
+        return 1
+    return STOPPED_EXIT_CODE if stopped else 0
 
 
 def plan(loaded: Recipe) -> list[SweepRun]:
@@ -146,13 +161,13 @@ class Jobs:
         self.logs: dict[SweepRun, IO[bytes]] = {}
 
     def run(self, runs: Sequence[SweepRun]) -> dict[SweepRun, int]:
-        """Train all; one that fails does not stop the others.
+        """Train all; one that fails or is stopped does not stop the others.
 
         Returns:
-            Exit codes of those that failed.
+            Exit codes of those that did not finish.
         """
         waiting = list(runs)
-        failed: dict[SweepRun, int] = {}
+        unfinished: dict[SweepRun, int] = {}
         with _terminate_as_exit(), Bars(runs, shown=self.jobs > 1) as bars:
             try:
                 while waiting or self.running:
@@ -166,15 +181,16 @@ class Jobs:
                             continue
                         self._forget(item)
                         if code != 0:
-                            failed[item] = code
+                            unfinished[item] = code
                         bars.end(item, code)
             finally:
                 self._end_all()
-        return failed
+        return unfinished
 
     def _start(self, item: SweepRun) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = max(1, cores // (self.jobs * self.processes))
+        (item.folder / STOPPED).unlink(missing_ok=True)  # of an earlier start, if this one does not get far
         log = (item.folder / "log.txt").open("ab")
         self.logs[item] = log
         self.running[item] = subprocess.Popen(
@@ -241,6 +257,8 @@ class Bars:
         """Say that a run ended."""
         if self.shown:
             state = "finished" if code == 0 else f"failed with exit code {code}, see {item.folder}/log.txt"
+            if code != 0 and item.stopped:
+                state = "stopped, and can go on"
             self.console.print(f"{item.label}: {state}", highlight=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -130,12 +131,19 @@ class Trainer:
         return Probe(metrics, sequences, self.engine, self.declared.transforms)
 
     def run(self) -> dict[str, Any]:
+        from sinkbench.megatron import parallel
+
         start = self._resume()
         on_main(self.layout, lambda: self._begin(start))
         try:
             with self.request:
                 self._train(start)
             return self._finish()
+        except Exception as error:
+            if self.request.signal is not None and parallel.lost_peer(error):
+                # torchrun is ending this rank because of another one, whose error is the one to show.
+                sys.exit(128 + self.request.signal)
+            raise
         finally:
             self.saver.abandon()
             for sink in self.sinks:

@@ -138,7 +138,7 @@ def build_metrics(opened: OpenModel, shape: tuple[int, ...], settings: Settings)
     chosen = plugins.resolve_metrics(config, plugins.discover())
     assert config.model.vocab_size is not None
     context = build_context(config, config.model.vocab_size)
-    return {c.plugin.name: c.plugin.build(c.params, context) for c in chosen}
+    return {c.plugin.name: plugins.build(c, context) for c in chosen}
 
 
 def _as_recipe(opened: OpenModel, shape: tuple[int, ...], settings: Settings) -> Config:

@@ -11,6 +11,7 @@ import torch
 from sinkbench.api import Batch, BuildContext, DataTransform, Metric
 from sinkbench.errors import PluginError
 from sinkbench.measure.capture import Recorder
+from sinkbench.plugins import build
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
@@ -33,9 +34,9 @@ def build_metrics(chosen: Sequence[Chosen], context: BuildContext) -> dict[str, 
     """The metrics of a run by name.
 
     Raises:
-        PluginError: one needs forward passes of its own.
+        PluginError: one cannot be built, or needs forward passes of its own.
     """
-    built: dict[str, Any] = {c.plugin.name: c.plugin.build(c.params, context) for c in chosen}
+    built: dict[str, Any] = {c.plugin.name: build(c, context) for c in chosen}
     for one in chosen:
         if not hasattr(built[one.plugin.name], "observe"):
             problem = "needs forward passes of its own, which a run does not make"
