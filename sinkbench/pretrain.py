@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from sinkbench import plugins, preflight, recipe, stopping
 from sinkbench.command import Parser, leave_the_word_to_others, run_command
-from sinkbench.errors import SinkbenchError
+from sinkbench.errors import SinkbenchError, Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(arguments: argparse.Namespace) -> None:
     preflight.check_launcher()
     stopping.die_with_launcher()
-    with stopping.before_training(arguments.recipe):
+    with stopping.outside_steps(arguments.recipe):
         try:
             _pretrain(arguments)
-        except SinkbenchError:
+        except (SinkbenchError, Stopped):
             raise  # one line, which run_command prints
         except Exception as error:
             if stopping.under_torchrun():

@@ -32,15 +32,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
-def before_training(where: str) -> Iterator[None]:
-    """A signal ends the block at once with ``Stopped``: there is nothing to save yet.
+def outside_steps(where: str) -> Iterator[None]:
+    """A signal ends the block at once with ``Stopped``: there is nothing to save. Within it, a ``Request``
+    takes its place while steps are running.
 
     Args:
         where: what is being started, for the message.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
-        raise Stopped(where, f"stopped by {signal.Signals(number).name} before its first step")
+        raise Stopped(where, f"stopped by {signal.Signals(number).name} while no step was running")
 
     before = _install(stop)
     try:
