@@ -1,7 +1,7 @@
 """Kills training runs at random moments and goes on with them, or trains long and watches memory.
 
-    python benchmarks/reliability.py               # 60 kills of the whole job, and others
-    python benchmarks/reliability.py --soak        # 2,000 steps with a checkpoint every 50
+    python -m benchmarks.reliability               # 60 kills of the whole job, and others
+    python -m benchmarks.reliability --soak        # 2,000 steps with a checkpoint every 50
 
 After every kill the same command goes on with the run. Each run that reaches its end is compared with one
 that was never killed: metrics.jsonl without times, every weight and optimizer moment, bit for bit.
@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from benchmarks.jobs import LONG_S, Job, WarmJob
 from sinkbench.failpoints import NAMES, VARIABLE
 
 STEPS, EVERY = 240, 5
@@ -60,95 +60,6 @@ SOAK_WARM_UP = 500
 TIMES = {"tokens_per_second", "mfu", "seconds"}
 ENDED_S = 60.0
 """Within so long the rest of a job must end once a part of it is gone."""
-LONG_S = 300.0
-"""No single start takes longer."""
-
-
-class Job:
-    """A start of a run: torchrun with its ranks, or one process.
-
-    Args:
-        folder: where the run's folder is.
-        processes: ranks; 1: without torchrun.
-        options: of torchrun.
-        environment: further variables.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        recipe: Sequence[str] = RECIPE,
-        processes: int = 2,
-        options: Sequence[str] = (),
-        environment: dict[str, str] | None = None,
-    ) -> None:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *options]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "sinkbench.pretrain"]
-        name = next(text.removeprefix("name=") for text in recipe if text.startswith("name="))
-        self.folder = folder / name
-        self.processes = processes
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / "log.txt"
-        with self.log.open("ab") as log:
-            self.began_at = log.tell()
-            self.process = subprocess.Popen(
-                [*command, *recipe, f"output_dir={folder}"],
-                stdout=log,
-                stderr=log,
-                env={"OMP_NUM_THREADS": "1", **os.environ, **(environment or {})},
-                start_new_session=True,
-            )
-
-    def tree(self) -> list[psutil.Process]:
-        """The launcher and all that it started."""
-        launcher = psutil.Process(self.process.pid)
-        return [launcher, *launcher.children(recursive=True)]
-
-    def ranks(self) -> list[psutil.Process]:
-        """By rank; empty until all have started."""
-        found = []
-        for process in self.tree()[1:] if self.processes > 1 else self.tree():
-            try:
-                if "sinkbench.pretrain" in process.cmdline():
-                    rank = process.environ().get("RANK", "0")
-                    found.append((int(rank), process))
-            except psutil.NoSuchProcess:
-                continue
-        ranks = [process for _, process in sorted(found, key=lambda item: item[0])]
-        return ranks if len(ranks) == self.processes else []
-
-    def kill(self) -> None:
-        """SIGKILL to every process of the job."""
-        for process in self.tree():
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-        self.process.wait()
-
-    def wait(self, timeout: float = LONG_S) -> int:
-        """The exit code."""
-        return self.process.wait(timeout)
-
-    def output(self) -> str:
-        """What this start has printed."""
-        return self.log.read_bytes()[self.began_at :].decode(errors="replace")
-
-    def lines(self) -> int:
-        """Lines of metrics.jsonl."""
-        path = self.folder / "metrics.jsonl"
-        return path.read_bytes().count(b"\n") if path.exists() else 0
-
-    def wait_for(self, condition: Callable[[], bool]) -> bool:
-        """Waits until something holds; False if the job ended before."""
-        deadline = time.monotonic() + LONG_S
-        while self.process.poll() is None:
-            if condition():
-                return True
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.folder}: nothing within {LONG_S:.0f} s")
-            time.sleep(0.01)
-        return False
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
@@ -178,9 +89,10 @@ class Campaign:
     folder: Path
     random: random.Random
     processes: int
+    job: type[Job]
     expected: Path
-    train_s: float
     start_s: float
+    train_s: float
     counts: Counter[str] = field(default_factory=Counter)
     slowest_end_s: float = 0.0
     runs: int = 0
@@ -201,8 +113,8 @@ class Campaign:
         self.runs += 1
         return self.folder / f"run_{self.runs}"
 
-    def start(self, folder: Path, environment: dict[str, str] | None = None) -> Job:
-        return Job(folder, processes=self.processes, environment=environment)
+    def start(self, folder: Path, environment: Mapping[str, str] | None = None) -> Job:
+        return self.job(folder, RECIPE, self.processes, environment=environment)
 
     def finish(self, folder: Path) -> None:
         """Goes on with a run to its end."""
@@ -221,8 +133,8 @@ class Campaign:
                 self.compare(job.folder)
                 folder = self.new_folder()
                 continue
-            self.counts[f"kills {self._moment(job)}"] += 1
             job.kill()
+            self.counts[f"kills {self._moment(job)}"] += 1
             count -= 1
             print(f"{count} kills to go", file=sys.stderr)
         self.finish(folder)
@@ -232,37 +144,30 @@ class Campaign:
         if self.random.random() < 0.25:
             until = time.monotonic() + self.random.uniform(0, self.start_s)
             return job.wait_for(lambda: time.monotonic() >= until)
-        begun = time.time()
-        metrics_file = job.folder / "metrics.jsonl"
-        if not job.wait_for(lambda: metrics_file.exists() and metrics_file.stat().st_mtime > begun):
+        if not job.wait_for(job.in_steps):
             return False
         until = time.monotonic() + self.random.uniform(0, self.train_s)
         return job.wait_for(lambda: time.monotonic() >= until)
 
     def _moment(self, job: Job) -> str:
-        if "steps" not in self._phase(job):
-            return self._phase(job)
-        names = {path.name for path in (job.folder / "checkpoints").glob(".step_*")}
-        if any(name.endswith(".deleting") for name in names):
+        """What a job that has been killed was doing."""
+        if not job.in_steps():
+            return "during the start"
+        left = {path.suffix for path in (job.folder / "checkpoints").glob(".step_*")}
+        if ".deleting" in left:
             return "while a checkpoint was pruned"
-        return "while a checkpoint was written" if names else "between checkpoints"
-
-    def _phase(self, job: Job) -> str:
-        manifest = job.folder / "manifest.json"
-        started = (
-            manifest.exists() and manifest.stat().st_mtime > psutil.Process(job.process.pid).create_time()
-        )
-        return "in steps" if started else "during the start"
+        return "while a checkpoint was written" if left else "between checkpoints"
 
     def part_kills(self, count: int) -> None:
-        """SIGKILL to the launcher alone, and to one rank alone, in turn; the rest must end by itself."""
+        """SIGKILL to the launcher alone, if there is one, and to one rank alone, in turn; the rest must end
+        by itself."""
         for number in range(count):
-            self._kill_a_part(launcher=number % 2 == 0)
+            self._kill_a_part(launcher=self.job is Job and number % 2 == 0)
 
     def _kill_a_part(self, *, launcher: bool) -> None:
         folder = self.new_folder()
         job, at = self.start(folder), self.random.randrange(1, STEPS - EVERY)
-        assert job.wait_for(lambda: job.lines() > at), job.output()
+        assert job.wait_for(lambda: job.in_steps() and job.lines() > at), job.output()
         ranks = job.ranks()
         victim = job.tree()[0] if launcher else self.random.choice(ranks)
         victim.kill()
@@ -301,11 +206,11 @@ class Campaign:
         shard.write_bytes(shard.read_bytes()[:-1])
 
 
-def reference(folder: Path, processes: int) -> tuple[Path, float, float]:
+def reference(folder: Path, processes: int, kind: type[Job] = Job) -> tuple[Path, float, float]:
     """A run that nothing happens to, and how long its start and its training took."""
     began = time.monotonic()
-    job = Job(folder, processes=processes)
-    job.wait_for(lambda: job.lines() > 0)
+    job = kind(folder, RECIPE, processes)
+    job.wait_for(job.in_steps)
     start_s = time.monotonic() - began
     code = job.wait()
     assert code == 0, job.output()
@@ -313,7 +218,14 @@ def reference(folder: Path, processes: int) -> tuple[Path, float, float]:
 
 
 def kill_and_resume(
-    folder: Path, *, kills: int, parts: int, failpoints: bool, processes: int, seed: int
+    folder: Path,
+    *,
+    job: type[Job] = Job,
+    kills: int,
+    parts: int,
+    failpoints: bool,
+    processes: int = 2,
+    seed: int = 0,
 ) -> Campaign:
     """Runs all kinds of kills and prints how many there were of each.
 
@@ -324,14 +236,15 @@ def kill_and_resume(
     Raises:
         AssertionError: a run did not go on, or came to another end.
     """
-    expected, start_s, train_s = reference(folder / "expected", processes)
+    expected, start_s, train_s = reference(folder / "expected", processes, job)
     campaign = Campaign(
         folder=folder,
         random=random.Random(seed),
         processes=processes,
+        job=job,
         expected=expected,
-        train_s=train_s,
         start_s=start_s,
+        train_s=train_s,
     )
     try:
         campaign.random_kills(kills)
@@ -365,7 +278,7 @@ def soak(folder: Path) -> Soak:
     process = psutil.Process(job.process.pid)
     samples: list[tuple[int, float, int]] = []
     logged = job.lines()
-    while job.process.poll() is None:
+    while job.poll() is None:
         time.sleep(0.2)
         if job.lines() == logged:
             continue
@@ -391,11 +304,13 @@ def main() -> None:
     parser.add_argument("--soak", action="store_true", help="train long instead of killing")
     parser.add_argument("--kills", type=int, default=60, help="of the whole job (default: 60)")
     parser.add_argument("--parts", type=int, default=6, help="of the launcher or one rank (default: 6)")
+    parser.add_argument("--warm", action="store_true", help="fork ranks that have torch, without torchrun")
     parser.add_argument("--no-failpoints", action="store_true", help="no kills at the stages of a write")
     parser.add_argument("--processes", type=int, default=2, help="ranks (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--folder", type=Path, help="where runs are kept (default: a temporary folder)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the counts so far are printed
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         if arguments.soak:
@@ -403,6 +318,7 @@ def main() -> None:
             return
         kill_and_resume(
             folder,
+            job=WarmJob if arguments.warm else Job,
             kills=arguments.kills,
             parts=arguments.parts,
             failpoints=not arguments.no_failpoints,
