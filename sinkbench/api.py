@@ -163,7 +163,8 @@ class Elementwise:
             which similarities that may be negative need.
         eps: the normaliser's constant.
         fused: dtype of the inputs -> the Triton functions s -> f(s) and (s, f(s)) -> f'(s), float32,
-            for the fused kernel; without them the eager backend computes the attention.
+            for the fused kernel. By default they are written from the function, if each of its
+            operations has a Triton form; else the eager backend computes the attention, and says so.
     """
 
     function: Callable[[Tensor], Tensor]

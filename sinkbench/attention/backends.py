@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +13,8 @@ from sinkbench.api import AttentionSpec
 from sinkbench.attention import fused, reference, sdpa
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,8 @@ def _missing_triton(spec: AttentionSpec, use: Use) -> list[str]:
         "a position bias": use.position_bias,
         "a bidirectional prefix": use.prefix,
     }
-    return [*(what for what, wanted in lacks.items() if wanted), *fused.missing(spec, use.head_size)]
+    found = [*(what for what, wanted in lacks.items() if wanted), *fused.missing(spec, use.head_size)]
+    return found or fused.missing_function(spec.rule)  # which takes a second, so only where it decides
 
 
 BACKENDS = (
@@ -73,6 +78,8 @@ def choose(spec: AttentionSpec, use: Use, requested: str) -> Backend:
         missing = backend.missing(spec, use)
         if not missing:
             return backend
+        if requested == "auto" and missing[-1].endswith(fused.NO_FORM) and os.environ.get("RANK", "0") == "0":
+            _log.warning("attention is computed in plain torch because of %s", missing[-1])
         if requested != "auto":
             raise RecipeError(
                 "model.backend",

@@ -1,4 +1,5 @@
-"""Elementwise similarities by the Triton kernel."""
+"""Elementwise similarities by the Triton kernel: with Triton functions that are given, or written from the
+similarity itself."""
 
 from __future__ import annotations
 
@@ -7,16 +8,19 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from sinkbench.api import AttentionSpec, Elementwise
+from sinkbench.api import AttentionSpec, Elementwise, WeightRule
+from sinkbench.attention import elementwise
 from sinkbench.attention.reference import Problem
+
+NO_FORM = ", which has no Triton form"
 
 
 def missing(spec: AttentionSpec, head_size: int) -> list[str]:
-    """What a declaration asks for that the kernel cannot do; empty if it can."""
+    """What a declaration asks for that the kernel cannot do, its function aside; empty if it can."""
     rule = spec.rule
     lacks = {
         "the package triton, which is not installed": importlib.util.find_spec("triton") is None,
-        "a similarity without a Triton function": not isinstance(rule, Elementwise) or rule.fused is None,
+        "weights that need whole rows": not isinstance(rule, Elementwise),
         "a normaliser other than the row's sum": isinstance(rule, Elementwise) and rule.normalize == "abs",
         "a feature map": spec.feature_map is not None,
         "an extra slot": spec.extra_slot is not None,
@@ -24,6 +28,17 @@ def missing(spec: AttentionSpec, head_size: int) -> list[str]:
         f"a head size of {head_size}": not _head_size_fits(head_size),
     }
     return [what for what, wanted in lacks.items() if wanted]
+
+
+def missing_function(rule: WeightRule) -> list[str]:
+    """Why the similarity of an elementwise rule has no Triton functions; empty if it has."""
+    if not isinstance(rule, Elementwise) or rule.fused is not None:
+        return []
+    try:
+        elementwise.write(rule.function)
+    except elementwise.NoTritonForm as obstacle:
+        return [f"{obstacle}{NO_FORM}"]
+    return []
 
 
 def _head_size_fits(head_size: int) -> bool:
@@ -39,8 +54,8 @@ def run(p: Problem) -> Tensor:
 
     rule, bias = p.spec.rule, p.spec.score_bias
     assert isinstance(rule, Elementwise)
-    assert rule.fused is not None
-    function, derivative = rule.fused(p.query_bhqd.dtype)
+    given = rule.fused(p.query_bhqd.dtype) if rule.fused is not None else None
+    function, derivative = given or elementwise.load(rule.function)
     bias_h: Tensor | None = None
     if isinstance(bias, str):
         bias_h = p.parameters[bias]

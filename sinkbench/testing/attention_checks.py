@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sinkbench.api import AttentionSpec, BuildContext, Elementwise, Heads, ParameterSpec, Rows, Softmax
-from sinkbench.attention import reference
+from sinkbench.attention import elementwise, fused, reference
 from sinkbench.attention.backends import BACKENDS, Backend, Use
 from sinkbench.attention.reference import Problem, allowed_qk
 from sinkbench.testing.gradients import check_gradients
@@ -289,6 +289,20 @@ def measurement(session: Session) -> str:
     return row_sum
 
 
+def triton_functions(session: Session) -> str:
+    spec, _ = _spec(session)
+    if not isinstance(spec.rule, Elementwise):
+        raise Skipped("the rule is not elementwise")
+    if spec.rule.fused is not None:
+        raise Skipped("Triton functions are given; they are compared where there is a card")
+    try:
+        written = elementwise.write(spec.rule.function)
+    except elementwise.NoTritonForm as obstacle:
+        raise Skipped(f"no fused kernel: {obstacle}{fused.NO_FORM}") from obstacle
+    lines = len(written.body.splitlines())
+    return f"the function and its derivative were written in {lines} lines, and equal autograd in torch"
+
+
 def backends(session: Session) -> str:
     _, resolved, declared = session.subject.declare(FUSED)
     chosen = session.subject.chosen(resolved)
@@ -371,6 +385,12 @@ CHECKS = (
         kinds=ATTENTION,
         run=measurement,
         usually="a similarity that may be negative or zero in a whole row: declare normalize='abs' or False",
+    ),
+    Check(
+        name="triton functions",
+        kinds=ATTENTION,
+        run=triton_functions,
+        usually="an error while the similarity is traced",
     ),
     Check(
         name="backends",
