@@ -58,12 +58,17 @@ class Checkpoint:
         return sum(file.size for file in self.files.values())
 
 
+class FormatError(CheckpointError):
+    """A checkpoint that is not damaged, but of a format that this version does not read."""
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: the folder is no checkpoint, is incomplete, of another format, or a file does not
-            have the size it was written with.
+        CheckpointError: the folder is no checkpoint, is incomplete, or a file does not have the size it was
+            written with.
+        FormatError: it is of another format.
     """
     if not folder.is_dir():
         raise CheckpointError(str(folder), "there is no such checkpoint", "name a folder checkpoints/step_N")
@@ -82,15 +87,15 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _parse(folder: Path, info: dict[str, Any]) -> Checkpoint:
+    if info.get("sha256", _sum_of(info)) != _sum_of(info):
+        raise ValueError("its checksum is another")
     if info["format"] not in READABLE:
         problem = f"it has format {info['format']}, this version reads {' and '.join(map(str, READABLE))}"
-        raise CheckpointError(str(folder), problem, "use a matching sinkbench")
+        raise FormatError(str(folder), problem, "use a matching sinkbench")
     if info["format"] == 1:
         files = {str(name): FileSum(int(size), None) for name, size in info["files"].items()}
         files[RECIPE] = FileSum(-1, None)  # its size was not written down
     else:
-        if info.pop("sha256") != _sum_of(info):
-            raise ValueError("its checksum is another")
         files = {name: FileSum(file["size"], file["sha256"]) for name, file in info["files"].items()}
     if wrong := next((name for name in files if Path(name).name != name), None):
         raise ValueError(f"{wrong} is no file of the folder")
@@ -146,7 +151,9 @@ def write_info(folder: Path, *, step: int, layout: Mapping[str, int], files: Map
 
 
 def _sum_of(info: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()
+    """SHA-256 of what checkpoint.json says but for this sum."""
+    summed = {key: value for key, value in info.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(summed, sort_keys=True).encode()).hexdigest()
 
 
 class CheckpointStore:

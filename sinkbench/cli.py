@@ -24,6 +24,7 @@ SUBCOMMANDS = (
     Subcommand("plugins", "sinkbench.cli_plugins", "list or describe the plugins that are installed"),
     Subcommand("recipe", "sinkbench.cli_recipe", "show or list recipes"),
     Subcommand("data", "sinkbench.data.command", "turn documents into token files"),
+    Subcommand("checkpoint", "sinkbench.cli_checkpoint", "list, verify or prune the checkpoints of a run"),
     Subcommand("measure", "sinkbench.cli_measure", "measure attention sinks of a run or a model"),
     Subcommand("report", "sinkbench.report.command", "compare runs on one HTML page"),
     Subcommand("sweep", "sinkbench.sweep", "run every variant of a recipe's sweep"),

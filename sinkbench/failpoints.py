@@ -46,7 +46,7 @@ def failpoint(name: str) -> None:
         HostError: the variable cannot be read.
     """
     spec = os.environ.get(VARIABLE)
-    if spec is None:
+    if not spec:
         return
     assert name in NAMES, name
     match = _SPEC.fullmatch(spec)

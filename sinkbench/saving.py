@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sinkbench.checkpoint import RECIPE, Checkpoint, CheckpointStore, verify_files, write_info
+from sinkbench.checkpoint import RECIPE, Checkpoint, CheckpointStore, FormatError, verify_files, write_info
 from sinkbench.checksums import FileSum, write_hashed
 from sinkbench.config import CheckpointConfig
 from sinkbench.errors import CheckpointError
@@ -54,6 +54,11 @@ class Saver:
         """The longest that a save took until it was complete; 0 before the first."""
         self._flight: _Flight | None = None
         self._failure: CheckpointError | None = None
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a save is not complete."""
+        return self._flight is not None
 
     def save(self, engine: Engine, step: int, recipe: str) -> None:
         """Begins to save a checkpoint, after the one before is complete. One of the same step is replaced;
@@ -235,21 +240,25 @@ def newest_good(store: CheckpointStore, layout: Layout, verify: str) -> Checkpoi
 
     Raises:
         CheckpointError: there are some, and none is good.
+        FormatError: the newest good one is of a format that this version does not read.
     """
     found = _from_main(layout, lambda: _recovered_steps(store))
     if isinstance(found, _Failed):
         raise _unusable(store.folder, found)
-    damage: CheckpointError | None = None
+    damaged: list[CheckpointError] = []
     for step in reversed(found):
         examined = _examine(store, step, layout, verify)
+        if isinstance(examined, FormatError):
+            raise examined  # the user's to decide: it may be better than those before it
         if isinstance(examined, Checkpoint):
+            for damage in damaged if layout.is_main else ():
+                _log.warning("%s: %s; step %d is used", damage.where, damage.problem, step)
             return examined
-        damage = damage or examined
-        if layout.is_main:
-            _log.warning("%s: %s, so it is passed over", examined.where, examined.problem)
-    if damage is not None:
+        damaged.append(examined)
+    if damaged:
+        newest = damaged[0]
         remedy = "copy it again from elsewhere, or delete the folder checkpoints to start anew"
-        raise CheckpointError(damage.where, f"{damage.problem}, and no earlier checkpoint is good", remedy)
+        raise CheckpointError(newest.where, f"{newest.problem}, and no earlier checkpoint is good", remedy)
     return None
 
 
