@@ -7,6 +7,7 @@ metrics.jsonl    one JSON object a line: {"step", "event": "train" | "validation
                  "spike", ...}
 measure/         step_N.json: every number of a probe, per layer and head
 checkpoints/     step_N/
+tokenizer/       that of the data, unless these are a synthetic task
 summary.json     written when the run is complete
 stopped.json     at which step a run was stopped, and why; gone once it goes on
 wandb_run_id     of the run at Weights & Biases, so that it goes on there

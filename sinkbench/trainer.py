@@ -19,6 +19,7 @@ from sinkbench.batching import micro_batch_size
 from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
+from sinkbench.data.run_tokenizer import keep_tokenizer
 from sinkbench.data.source import SequenceSource, open_source
 from sinkbench.errors import DataError, DivergedError, RecipeError, SinkbenchError, Stopped
 from sinkbench.measure.probe import Probe, build_metrics
@@ -156,6 +157,8 @@ class Trainer:
     def _begin(self, start: int) -> None:
         assert self.folder is not None
         self.folder.begin(start, self.manifest)
+        if self.source.tokenizer is not None:
+            keep_tokenizer(self.source.tokenizer, self.folder.path)
         self.sinks = open_sinks(self.config, self.folder.path, start)
 
     def _resume(self) -> int:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,7 @@ class BigramBackcopy:
     """
 
     domains: tuple[str, ...] = ("held_out",)
+    tokenizer: Path | None = None
 
     def __init__(self, config: BigramBackcopyConfig, *, seq_length: int, seed: int) -> None:
         self.vocab_size = config.vocab_size

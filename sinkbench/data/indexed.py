@@ -219,10 +219,12 @@ class IndexedSource:
         seq_length: int,
         vocab_size: int,
         fingerprint: str,
+        tokenizer: Path,
     ) -> None:
         self.seq_length = seq_length
         self.vocab_size = vocab_size
         self.fingerprint = fingerprint
+        self.tokenizer: Path | None = tokenizer
         self.domains: tuple[str, ...] = tuple(validation)
         self._train = train
         self._validation = validation
@@ -253,6 +255,7 @@ class IndexedSource:
             seq_length=seq_length,
             vocab_size=folders[0].manifest.tokenizer.vocab_size,
             fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+            tokenizer=folders[0].path / folders[0].manifest.tokenizer.path,
         )
 
     def sequences(self, start: int, count: int) -> Arrays:

@@ -132,11 +132,24 @@ def prepare_cached(config: PrepareConfig, *, progress: bool = True) -> Path:
         DataError: as ``prepare``.
         HostError: as ``prepare``.
     """
-    inputs = tuple(find_inputs(config.inputs))
-    request = Request(inputs, config.tokenizer, config.text_field, config.holdout)
-    folder = Path(config.cache).expanduser() / request.hash()[:16]
+    request, folder = _cached(config)
     prepare(request, folder, progress=progress)
     return folder
+
+
+def cached_folder(config: PrepareConfig) -> Path:
+    """Where ``prepare_cached`` puts it, or has put it.
+
+    Raises:
+        DataError: the inputs or the tokenizer are gone.
+    """
+    return _cached(config)[1]
+
+
+def _cached(config: PrepareConfig) -> tuple[Request, Path]:
+    inputs = tuple(find_inputs(config.inputs))
+    request = Request(inputs, config.tokenizer, config.text_field, config.holdout)
+    return request, Path(config.cache).expanduser() / request.hash()[:16]
 
 
 def _finished(folder: Path, request_hash: str) -> Manifest | None:

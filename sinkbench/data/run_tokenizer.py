@@ -1,32 +1,74 @@
-"""The tokenizer that a recipe's data are made with."""
+"""The tokenizer that a run's data are made with. The run folder keeps a copy: when the run is exported, the
+data may be gone, or prepared anew with another one."""
 
 from __future__ import annotations
 
+import logging
+import shutil
 from pathlib import Path
 
-from sinkbench.config import BigramBackcopyConfig, Config
-from sinkbench.data.manifest import load_manifest
-from sinkbench.data.prepare import prepare_cached
-from sinkbench.data.tokenizer import Tokenizer, load_tokenizer
+from sinkbench.config import BigramBackcopyConfig, Config, IndexedConfig
+from sinkbench.data.manifest import MANIFEST, load_manifest
+from sinkbench.data.prepare import cached_folder
+from sinkbench.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from sinkbench.errors import DataError
 
+FOLDER = "tokenizer"
+"""Within a run folder, or within a checkpoint that was converted."""
 
-def find_tokenizer(config: Config, given: Path | None = None) -> Tokenizer | None:
-    """The tokenizer of a run's data, or the given one; None for synthetic data.
+_log = logging.getLogger(__name__)
+
+
+def keep_tokenizer(path: Path, run: Path) -> None:
+    """Copies the tokenizer of the data into a run folder, unless it has one.
+
+    Args:
+        path: its main file.
+    """
+    if (run / FOLDER).exists():
+        return
+    if not path.is_file():
+        _log.warning("%s is missing, so that an export of this run will need --tokenizer", path)
+        return
+    writing = run / f".{FOLDER}.writing"
+    shutil.rmtree(writing, ignore_errors=True)
+    copy_tokenizer(load_tokenizer(path), writing)
+    writing.rename(run / FOLDER)
+
+
+def find_tokenizer(config: Config, checkpoint: Path, given: Path | None = None) -> Tokenizer | None:
+    """The given tokenizer, or that in the folder of the checkpoint or of its run, or else that of the
+    prepared data, which are never prepared anew; None for synthetic data.
+
+    Args:
+        checkpoint: its folder.
 
     Raises:
-        DataError: it is not where the recipe says.
+        DataError: there is none of these.
     """
     if given is not None:
         return load_tokenizer(given)
-    data = config.data
-    if isinstance(data, BigramBackcopyConfig):
+    for place in (checkpoint, checkpoint.absolute().parent.parent):
+        if (place / FOLDER).is_dir():
+            return load_tokenizer(place / FOLDER)
+    if isinstance(config.data, BigramBackcopyConfig):
         return None
     try:
-        if data.prepare is not None and data.prepare.tokenizer.path is not None:
-            return load_tokenizer(Path(data.prepare.tokenizer.path).expanduser())
-        folder = prepare_cached(data.prepare) if data.prepare else Path(data.train[0].path).expanduser()
-        return load_tokenizer(folder / load_manifest(folder).tokenizer.path)
+        return _of_data(config.data)
     except DataError as error:
         problem = f"the tokenizer of the run's data is gone ({error.where} {error.problem})"
-        raise DataError("tokenizer", problem, "give --tokenizer FILE") from error
+        raise DataError("tokenizer", problem, "put it back, or export with --tokenizer FILE") from error
+
+
+def _of_data(data: IndexedConfig) -> Tokenizer:
+    if data.prepare is not None and data.prepare.tokenizer.path is not None:
+        return load_tokenizer(Path(data.prepare.tokenizer.path).expanduser())
+    folder = cached_folder(data.prepare) if data.prepare else Path(data.train[0].path).expanduser()
+    if not (folder / MANIFEST).exists():  # it may hold prepared folders, which share their tokenizer
+        folder = next((found.parent for found in sorted(folder.glob(f"*/{MANIFEST}"))), folder)
+    record = load_manifest(folder).tokenizer
+    tokenizer = load_tokenizer(folder / record.path)
+    if tokenizer.sha256 != record.sha256:
+        problem = "is not the tokenizer that the data were prepared with"
+        raise DataError(str(tokenizer.path), problem, "prepare the data again")
+    return tokenizer

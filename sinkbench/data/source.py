@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import numpy.typing as npt
@@ -49,12 +50,14 @@ class SequenceSource(Protocol):
         seq_length: a sequence has one token more: inputs and targets overlap in all but one.
         domains: names of the held-out sets; empty if nothing is held out.
         fingerprint: equal for sources that give the same training sequences.
+        tokenizer: main file of the tokenizer that made the tokens; None for those of a synthetic task.
     """
 
     vocab_size: int
     seq_length: int
     domains: tuple[str, ...]
     fingerprint: str
+    tokenizer: Path | None
 
     def sequences(self, start: int, count: int) -> Arrays:
         """Training sequences start .. start + count - 1 of the run, [count, seq_length + 1]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -186,6 +187,21 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return HuggingFaceTokenizer(path)
     problem = f"is not a tokenizer by its name ({path.suffix or 'no extension'})"
     raise DataError(str(path), problem, "give a .model, a tokenizer.json or its folder")
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Copies a tokenizer's files into a folder, so that ``load_tokenizer`` reads it from there.
+
+    Returns:
+        Its main file there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    main, *side_files = tokenizer.files
+    for path in side_files:
+        shutil.copyfile(path, folder / path.name)
+    copied = folder / f"tokenizer{main.suffix}"
+    shutil.copyfile(main, copied)
+    return copied
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, path: Path) -> None:

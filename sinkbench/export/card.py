@@ -99,7 +99,9 @@ def _measured(checkpoint: Checkpoint) -> str:
     if not path.is_file():
         return "No metrics lie beside the checkpoint."
     found: dict[str, float] = {}
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not text.endswith("\n"):
+            break  # by a run that was killed
         line = json.loads(text)
         if line["step"] > checkpoint.step:
             continue

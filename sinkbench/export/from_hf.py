@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from sinkbench.checkpoint import RECIPE, write_info
 from sinkbench.checksums import FileSum, hash_file
 from sinkbench.command import Parser, run_command
 from sinkbench.config import Config, padded_vocab_size
-from sinkbench.data.tokenizer import load_tokenizer
+from sinkbench.data.run_tokenizer import FOLDER
+from sinkbench.data.tokenizer import copy_tokenizer, load_tokenizer
 from sinkbench.errors import CheckpointError, SinkbenchError
 from sinkbench.export import template
 from sinkbench.export.architecture import Architecture
@@ -64,8 +66,9 @@ def convert(
         stored_dtype = DTYPES[dtype] if dtype else _dtype(files, known)
         values["train"]["precision"] = "bf16" if stored_dtype is torch.bfloat16 else "fp32"
         values["checkpoint"] = {**values.get("checkpoint", {}), "start_from": str(out.absolute())}
+        copied = _copy_tokenizer(files, folder, tokenizer)
         if "data" not in values:
-            values["data"] = _data(files, folder, out, tokenizer, values["model"]["vocab_size"])
+            values["data"] = _data(out / copied if copied else None, values["model"]["vocab_size"])
         config = recipe.to_config(recipe.Recipe(files.folder / "config.json", values, {}))
         plugins.resolve(config, plugins.discover())
         rows = padded_vocab_size(values["model"]["vocab_size"] or files.config["vocab_size"])
@@ -102,24 +105,55 @@ def _describe(
     """The recipe, how the tensors correspond, and where each lies in the files."""
     kind = files.config.get("model_type")
     if kind == template.MODEL_TYPE:
-        values = files.config["recipe"]
-        values["name"] = f"{values['name']}_from_hf"
-        values["model"]["vocab_size"] = values["model"]["vocab_size"] or files.config["vocab_size"]
-        pieces = template.pieces_of(files.config, files.names)
-        return values, pieces, {name: name for name in files.names}
+        return _describe_ours(files)
     family = next((family for family in FAMILIES if family.model_type == kind), None)
     if family is None:
         known = ", ".join(sorted(family.model_type for family in FAMILIES))
         problem = f"model_type {kind} is none that sinkbench can compute"
         raise CheckpointError(str(files.folder / "config.json"), problem, f"choose a model of {known}")
-    try:
+    with _readable(files):
         architecture = family.read(files.config)
-    except KeyError as error:
-        problem = f"has no {error.args[0]}"
-        raise CheckpointError(str(files.folder / "config.json"), problem, "copy the model again") from None
     pieces = family.pieces(architecture)
     values = _recipe(architecture, files.folder.resolve().name, seq_length)
     return values, pieces, _places(family, architecture, pieces, files)
+
+
+def _describe_ours(files: ModelFiles) -> tuple[dict[str, Any], list[Piece], dict[str, str]]:
+    """The same for an export with the source of its plugins, by the recipe that it holds."""
+    with _readable(files):
+        values = copy.deepcopy(files.config["recipe"])
+        values["name"] = f"{values['name']}_from_hf"
+        values["model"]["vocab_size"] = values["model"]["vocab_size"] or files.config["vocab_size"]
+        pieces = template.pieces_of(files.config, files.names)
+        layers = int(files.config["num_hidden_layers"])
+    places = {name.format(n): name.format(n) for p in pieces for name in p.names for n in _numbers(p, layers)}
+    absent = sorted(places.keys() - set(files.names))
+    if absent:
+        raise _has_no(files, absent[0])
+    return values, pieces, places
+
+
+@contextmanager
+def _readable(files: ModelFiles) -> Iterator[None]:
+    """Turns what the reading of a damaged config.json raises into one line."""
+    path = str(files.folder / "config.json")
+    try:
+        yield
+    except KeyError as error:
+        raise CheckpointError(path, f"has no {error.args[0]}", "copy the model again") from None
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        problem = f"is damaged ({type(error).__name__}: {error})"
+        raise CheckpointError(path, problem, "copy the model again") from error
+
+
+def _has_no(files: ModelFiles, name: str) -> CheckpointError:
+    problem = f"has no {name}, which config.json calls for"
+    return CheckpointError(str(files.folder), problem, "copy the model again")
+
+
+def _numbers(piece: Piece, layers: int) -> Iterable[int | None]:
+    """Of the layers that have the piece, from 0; None for one that is not of the layers."""
+    return range(layers) if _stacked(piece) else (None,)
 
 
 def _places(
@@ -132,14 +166,13 @@ def _places(
     """
     there, places = set(files.names), {}
     for piece in pieces:
-        for layer in range(architecture.num_layers) if _stacked(piece) else [None]:
+        for layer in _numbers(piece, architecture.num_layers):
             for pattern in piece.names:
                 name = pattern.format(layer)
                 short = name.removeprefix(family.prefix)
                 places[name] = name if name in there or short not in there else short
                 if places[name] not in there:
-                    problem = f"has no {name}, which config.json calls for"
-                    raise CheckpointError(str(files.folder), problem, "copy the model again")
+                    raise _has_no(files, name)
     tied = {"lm_head.weight", "embed_out.weight"} if architecture.tie_embeddings else set()
     more = [n for n in there - set(places.values()) - tied if not n.endswith(family.ignored or ("\0",))]
     if more:
@@ -183,18 +216,21 @@ def _recipe(a: Architecture, name: str, seq_length: int | None) -> dict[str, Any
     }
 
 
-def _data(files: ModelFiles, folder: Path, out: Path, given: Path | None, vocab_size: int) -> dict[str, Any]:
-    """Text of the running Python under the model's tokenizer, which is copied; tokens of a task where the
-    model has none."""
+def _copy_tokenizer(files: ModelFiles, folder: Path, given: Path | None) -> str | None:
+    """Copies the model's tokenizer, or the given one, and returns where it lies in the folder."""
     path = given if given is not None else _tokenizer_in(files.folder)
     if path is None:
+        return None
+    copy_tokenizer(load_tokenizer(path), folder / FOLDER)
+    return FOLDER
+
+
+def _data(tokenizer: Path | None, vocab_size: int) -> dict[str, Any]:
+    """Text of the running Python under the model's tokenizer; tokens of a task where the model has none."""
+    if tokenizer is None:
         return {"source": "bigram_backcopy", "vocab_size": max(8, min(vocab_size, 65))}
-    copied = folder / "tokenizer"
-    copied.mkdir()
-    for file in load_tokenizer(path).files:
-        shutil.copyfile(file, copied / file.name)
-    tokenizer = {"path": str(out.absolute() / "tokenizer")}
-    return {"source": "indexed", "prepare": {"inputs": ["python:docs"], "tokenizer": tokenizer}}
+    own = {"path": str(tokenizer.absolute())}
+    return {"source": "indexed", "prepare": {"inputs": ["python:docs"], "tokenizer": own}}
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
@@ -222,7 +258,13 @@ def _weight(
 
 
 def _read(piece: Piece, files: ModelFiles, known: dict[str, str], rows: int, layer: int | None) -> Tensor:
-    tensor = piece.join([files.read(known[name.format(layer)]) for name in piece.names])
+    parts = [files.read(known[name.format(layer)]) for name in piece.names]
+    try:
+        tensor = piece.join(parts)
+    except RuntimeError as error:
+        shapes = " and ".join(str(tuple(part.shape)) for part in parts)
+        problem = f"has {piece.names[0].format(layer)} of shape {shapes}, which config.json does not tell"
+        raise CheckpointError(str(files.folder), problem, "copy the model again") from error
     return _padded(tensor, rows) if piece.stored in TABLES else tensor
 
 

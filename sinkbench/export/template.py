@@ -171,12 +171,10 @@ def pieces_of(config: Mapping[str, Any], names: Iterable[str]) -> list[Piece]:
     """The same from config.json and the names in the model's files."""
     heads = Heads(config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"])
     patterns = {re.sub(r"^model\.layers\.\d+\.", "model.layers.{}.", name): None for name in names}
-    usual = layer_matrices(config["linear_bias"], config["ffn"], heads)
-    found = [
-        piece
-        for piece in _every_model(config["tie_word_embeddings"], usual)
-        if all(name in patterns for name in piece.names)
-    ]
+    # Attention that adds its heads has no such bias; all else that is not there is missing.
+    summed = config["linear_bias"] == "all" and "model.layers.{}.self_attn.o_proj.bias" not in patterns
+    usual = layer_matrices(config["linear_bias"], config["ffn"], heads, summed)
+    found = _every_model(config["tie_word_embeddings"], usual)
     known = {name for piece in found for name in piece.names}
     back = tuple((theirs, ours) for ours, theirs in _PLACES)
     return found + [whole(_moved(name, back), name) for name in patterns if name not in known]

@@ -20,7 +20,7 @@ from sinkbench.command import Parser, run_command
 from sinkbench.config import Config, ParallelConfig
 from sinkbench.data.run_tokenizer import find_tokenizer
 from sinkbench.data.tokenizer import Tokenizer
-from sinkbench.errors import HostError, SinkbenchError
+from sinkbench.errors import DataError, HostError, SinkbenchError
 from sinkbench.export import template
 from sinkbench.export.architecture import architecture_of
 from sinkbench.export.card import write_card
@@ -46,6 +46,11 @@ class Model:
     resolved: Resolved
     declared: Declarations
     stored: StoredTensors
+
+    @property
+    def rows(self) -> int:
+        """Of the vocabulary's table."""
+        return self.stored.tensors["embedding.word_embeddings.weight"].shape[0]
 
     @classmethod
     def open(cls, folder: Path, path: Path) -> Model:
@@ -93,7 +98,10 @@ def convert(
     """
     found = find_checkpoint(checkpoint, step)
     model = Model.open(found.folder, found.recipe)
-    encoder = find_tokenizer(model.config, tokenizer)
+    encoder = find_tokenizer(model.config, found.folder, tokenizer)
+    if encoder is not None and encoder.vocab_size > model.rows:
+        problem = f"has {encoder.vocab_size} tokens, the model has {model.rows}"
+        raise DataError(str(encoder.path), problem, "give the tokenizer of the run's data")
     with new_folder(out) as folder:
         class_name = _write_model(model, folder, encoder, DTYPES[dtype] if dtype else None, shard_bytes)
         if encoder is not None:
@@ -170,16 +178,17 @@ def new_folder(out: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
-        try:
-            yield writing
-            if out.exists():
-                out.rmdir()
-            writing.rename(out)
-        finally:
-            shutil.rmtree(writing, ignore_errors=True)
+        yield writing
+        if out.exists():
+            out.rmdir()
+        writing.rename(out)
     except OSError as error:
+        if error.filename and not Path(error.filename).is_relative_to(out.parent):
+            raise  # of what is read
         problem = f"cannot be written ({error.strerror or error})"
         raise HostError(str(out), problem, "choose a writable folder on a disk with room") from error
+    finally:
+        shutil.rmtree(writing, ignore_errors=True)
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

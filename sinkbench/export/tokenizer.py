@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from sinkbench.data.tokenizer import Tokenizer
+from sinkbench.data.tokenizer import Tokenizer, copy_tokenizer
 from sinkbench.errors import DataError
 
 _CONFIG = "tokenizer_config.json"
@@ -24,8 +23,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     if tokenizer.kind == "sentencepiece":
         tokens = _convert(tokenizer.path, folder / "tokenizer.json")
     else:
-        for path in tokenizer.files:
-            shutil.copyfile(path, folder / path.name)
+        copy_tokenizer(tokenizer, folder)
         if (folder / _CONFIG).exists():
             return
         vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))

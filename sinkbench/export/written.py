@@ -1,4 +1,5 @@
-"""Writes a checkpoint's weights without a model or a process group, one tensor in memory at a time.
+"""Writes a checkpoint's weights without a model or a process group. Of the layers' tensors one layer is in
+memory at a time; torch keeps the others, the vocabulary's tables, until its file is closed.
 
 Any parallel layout reads it: a tensor of the layers is stored layer by layer.
 """

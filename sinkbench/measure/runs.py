@@ -74,7 +74,7 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         networks = build_stages(config, declared, layout)
         state.load_weights(networks, checkpoint.folder)
         metrics = build_metrics(resolved.metrics, declared.context)
-        sequences = _sequences(config, source, inputs, settings)
+        sequences = _sequences(config, checkpoint.folder, source, inputs, settings)
         probe = Probe(metrics, sequences, SingleModel(networks, layout), declared.transforms)
         measured = probe.run()
     return Result(
@@ -90,10 +90,12 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
     )
 
 
-def _sequences(config: Config, source: SequenceSource, inputs: Inputs, settings: Settings) -> Arrays:
+def _sequences(
+    config: Config, checkpoint: Path, source: SequenceSource, inputs: Inputs, settings: Settings
+) -> Arrays:
     length, count = config.measure.length, config.measure.count
     if settings.prompts is not None:
-        encode = _encoder(config)
+        encode = _encoder(config, checkpoint)
         return {"tokens": from_prompts(settings.prompts, encode, length=length, count=settings.count)}
     if inputs == "natural":
         return source.probe(count, length)
@@ -102,8 +104,8 @@ def _sequences(config: Config, source: SequenceSource, inputs: Inputs, settings:
     return {"tokens": draw(usable, length=length, count=count, seed=settings.seed)}
 
 
-def _encoder(config: Config) -> Encode:
-    tokenizer = find_tokenizer(config)
+def _encoder(config: Config, checkpoint: Path) -> Encode:
+    tokenizer = find_tokenizer(config, checkpoint)
     if tokenizer is None:
         remedy = "leave it out: the run is measured on its own held-out data"
         raise DataError("--prompts", "the run's data are no text", remedy)
