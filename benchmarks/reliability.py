@@ -262,10 +262,12 @@ def kill_and_resume(
 class Soak:
     """Attributes:
     slope: MiB of memory per 1,000 steps after the warm-up.
-    files: open files, each count that was seen after it.
+    memory_mib: median of each hundred steps.
+    files: open files, each count that was seen after the warm-up.
     """
 
     slope: float
+    memory_mib: list[float]
     files: list[int]
     peak_mib: float
     seconds: float
@@ -293,9 +295,13 @@ def soak(folder: Path) -> Soak:
     assert code == 0, job.output()
     step, memory, files = (np.array(column) for column in zip(*samples, strict=True))
     late = step > SOAK_WARM_UP
-    slope = 1000 * np.polyfit(step[late], memory[late], 1)[0]
+    hundreds = [round(float(np.median(memory[step // 100 == n])), 1) for n in np.unique(step // 100)]
     return Soak(
-        float(slope), sorted(set(files[late].tolist())), float(memory.max()), time.monotonic() - began
+        slope=float(1000 * np.polyfit(step[late], memory[late], 1)[0]),
+        memory_mib=hundreds,
+        files=sorted(set(files[late].tolist())),
+        peak_mib=float(memory.max()),
+        seconds=time.monotonic() - began,
     )
 
 

@@ -98,9 +98,7 @@ class Health:
         if spike:
             mean, deviation = self.statistics.mean, math.sqrt(self.statistics.variance)
             values |= {"mean": mean, "deviation": deviation}
-            what = (
-                f"the loss jumped to {result.loss:.4g} from a mean of {mean:.4g}, deviation {deviation:.2g}"
-            )
+            what = f"the loss jumped to {result.loss:.4g} (mean {mean:.4g}, deviation {deviation:.2g})"
         else:
             what = f"the {'gradient' if finite else 'loss'} is not finite"
         stop = self.skipped > self.config.max_skipped_steps or (spike and self.config.on_spike == "stop")

@@ -16,7 +16,7 @@ from sinkbench.megatron.training import Engine
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class Place:
-    """A module or parameter of the whole model. Places are in the order of the forward pass.
+    """A module of the whole model. Places are in the order of the forward pass.
 
     Attributes:
         layer: 0 for the embedding, one more than the last layer for what follows it.
@@ -31,7 +31,7 @@ class Place:
 @dataclass(frozen=True, kw_only=True)
 class Overflow:
     """Attributes:
-    what: the layer and module, or the gradient of a parameter.
+    what: the layer and module, or the layer's gradients.
     rows: sequences of the global batch it was seen in, by their place in it; empty: not known, or all.
     """
 
@@ -54,10 +54,10 @@ def first_overflow(engine: Engine, micro_batches: Sequence[Batch]) -> Overflow:
         place = min(place for place, _ in seen)
         rows = sorted({row for other, row in seen if other == place})
         return Overflow(what=place.name, rows=tuple(rows))
-    gradients = _everywhere(_not_finite_gradients(engine))
-    if gradients:
-        # The backward pass comes from the end.
-        return Overflow(what=f"the gradient of {max(gradients).name}", rows=())
+    layers: list[int] = _everywhere(_layers_without_finite_gradients(engine))
+    if layers:
+        # The backward pass comes from the end. Within a layer, parameters are in no such order.
+        return Overflow(what=f"the gradients of {_layer_name(engine, max(layers))}", rows=())
     return Overflow(what="no module without dropout", rows=())
 
 
@@ -132,14 +132,19 @@ def _named(stage: Any, name: str) -> tuple[int, str]:
     return (last, name) if name not in ("", "decoder") else (last + 1, "the loss")
 
 
-def _not_finite_gradients(engine: Engine) -> list[Place]:
-    places = []
-    for stage in engine.networks:
-        for index, (name, parameter) in enumerate(stage.named_parameters()):
-            if not torch.isfinite(parameter.main_grad).all():
-                layer, text = _named(stage, name)
-                places.append(Place(layer=layer, index=index, name=text))
-    return places
+def _layers_without_finite_gradients(engine: Engine) -> list[int]:
+    return [
+        _named(stage, name)[0]
+        for stage in engine.networks
+        for name, parameter in stage.named_parameters()
+        if not torch.isfinite(parameter.main_grad).all()
+    ]
+
+
+def _layer_name(engine: Engine, layer: int) -> str:
+    if layer == 0:
+        return "the embedding"
+    return f"layer {layer}" if layer <= engine.config.model.num_layers else "the output"
 
 
 def _everywhere(local: list[Any]) -> list[Any]:
