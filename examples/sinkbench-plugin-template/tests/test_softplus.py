@@ -1,0 +1,2 @@
+def test_softplus(check_plugin):
+    check_plugin("softplus", kind="attention")
