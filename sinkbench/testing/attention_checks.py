@@ -39,7 +39,7 @@ def make_problem(
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
-        drawn = torch.randn(*size, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(size, generator=generator, dtype=torch.float64)
         return drawn.to(device=device, dtype=dtype)
 
     position = torch.arange(length, device=device)
@@ -88,7 +88,8 @@ def shapes(session: Session) -> str:
     if isinstance(spec.rule, Elementwise):
         _check_elementwise(spec.rule.function)
     for name, part, like in _layer_functions(spec, context, torch.float32):
-        _same_shape(name, part(like), _part_shape(name, like, context))
+        found = part(like)
+        _same_shape(name, found, _part_shape(name, like, found.dim() > like.dim(), context))
     return f"weights {list(expected)}"
 
 
@@ -210,10 +211,10 @@ def _layer_functions(spec: AttentionSpec, context: BuildContext, dtype: torch.dt
     return found
 
 
-def _part_shape(name: str, like: Tensor, context: BuildContext) -> tuple[int, ...]:
+def _part_shape(name: str, like: Tensor, per_element: bool, context: BuildContext) -> tuple[int, ...]:
     if name == "the transformed heads":
         return (*like.shape[:-2], like.shape[-2] - context.num_kv_heads, context.head_size)
-    return (*like.shape[:-1], context.num_heads)
+    return (*like.shape[:-1], context.num_heads, *([context.head_size] if per_element else []))
 
 
 def causality(session: Session) -> str:
