@@ -46,7 +46,9 @@ def check(folder: Path) -> dict[str, Any]:
         "logits": difference(output.logits, logits),
         "scale": float(logits.std()),
         "sink_1": sink(output.attentions, 0),
+        "attentions": worst(output.attentions, expected.get("attentions")),
         "slot": slot(output),
+        "slots": worst(getattr(output, "slot_attentions", None), expected.get("slots")),
         "padding": padding(model, tokens, output.logits),
         "cache": cached(model, tokens, output.logits),
         "generate": generated(model, tokens),
@@ -64,6 +66,13 @@ def check(folder: Path) -> dict[str, Any]:
         )
     found["checkpointing"] = checkpointing(model, tokens)
     return found
+
+
+def worst(found: Any, expected: Any) -> float | None:
+    """The largest difference of any layer; None where nothing was expected."""
+    if expected is None:
+        return None
+    return max(difference(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def sink(attentions: Any, key: int) -> float:

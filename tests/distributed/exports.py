@@ -8,11 +8,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sinkbench import recipe
+from sinkbench.config import Config
 from tests.distributed.runs import prepare
+
+if TYPE_CHECKING:
+    from sinkbench.megatron.parallel import Layout
+    from sinkbench.megatron.training import Engine
 
 CHECKS = Path(__file__).with_name("export_checks.py")
 SMALL = (
@@ -32,13 +38,8 @@ def rank_writes(
 ) -> torch.Tensor | None:
     """Writes a checkpoint step_0 there: of random weights, or of those of another checkpoint. One process
     returns the logits [b, s, v] of ``probe_tokens``."""
-    from sinkbench import recipe
-    from sinkbench.checkpoint import CheckpointStore
     from sinkbench.megatron import parallel, state
-    from sinkbench.megatron.optimizer import prepare_for_loading
-    from sinkbench.megatron.training import Engine
     from sinkbench.model import build_stages, declare
-    from sinkbench.saving import Saver
 
     config, resolved = prepare(recipe_and_overrides)
     declared = declare(config, resolved, 65)
@@ -47,20 +48,31 @@ def rank_writes(
         if start is not None:
             state.load_weights(stages, start)
         else:
-            _disturb(stages[0])
+            disturb(stages[0])
         logits = None
         if world_size == 1:
-            logits = _logits(stages[0].eval())
-        engine = Engine(config, stages, layout)
-        prepare_for_loading(engine.optimizer)  # it has not stepped, and cannot be saved without moments
-        saver = Saver(CheckpointStore(folder), layout, config.checkpoint)
-        saver.save(engine, 0, recipe.dump(config))
-        saver.finish()
+            logits = logits_of(stages[0].eval())
+        save(config, stages, layout, folder)
     return logits
 
 
+def save(config: Config, stages: list[Any], layout: Layout, folder: Path) -> Engine:
+    """Writes a checkpoint step_0 there; returns the engine that it is of."""
+    from sinkbench.checkpoint import CheckpointStore
+    from sinkbench.megatron.optimizer import prepare_for_loading
+    from sinkbench.megatron.training import Engine
+    from sinkbench.saving import Saver
+
+    engine = Engine(config, stages, layout)
+    prepare_for_loading(engine.optimizer)  # it has not stepped, and cannot be saved without moments
+    saver = Saver(CheckpointStore(folder), layout, config.checkpoint)
+    saver.save(engine, 0, recipe.dump(config))
+    saver.finish()
+    return engine
+
+
 @torch.no_grad()
-def _disturb(network: torch.nn.Module) -> None:
+def disturb(network: torch.nn.Module) -> None:
     """Norms and biases too, whose initial values would hide that they are mixed up."""
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
@@ -68,7 +80,8 @@ def _disturb(network: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _logits(network: Any) -> torch.Tensor:
+def logits_of(network: Any) -> torch.Tensor:
+    """Of ``probe_tokens``, [b, s, v]."""
     hidden = network({"tokens": probe_tokens()})
     logits: torch.Tensor = network.logits(hidden[network.leading :]).transpose(0, 1)
     return logits.clone()
@@ -84,7 +97,8 @@ def check_exports(
     """What ``export_checks.py`` finds in each folder, in a process that cannot import sinkbench.
 
     Args:
-        folders: exports, each with ``expected.pt``: tokens and logits.
+        folders: exports, each with ``expected.pt``: tokens and logits, and if they are to be
+            compared ``attentions`` and ``slots`` of each layer.
         cache: where transformers copies the source to.
         python: an interpreter that has transformers; default: this one.
     """
