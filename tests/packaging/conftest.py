@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from sinkbench.api import API_VERSION
+
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pyproject.toml", "README.md", "sinkbench", "plugins", "recipes")
 
@@ -72,7 +74,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(source: Path) -> Path:
-    return _build(source)
+    return build_wheel(source)
 
 
 @pytest.fixture(scope="session")
@@ -104,10 +106,11 @@ def installation(make_installation: Callable[[Sequence[Path]], Installation]) ->
 
 
 @pytest.fixture(scope="session")
-def build_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """Builds the wheel of a plugin package of one module, as its author would."""
+def build_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds the wheel of a plugin package of one module, as its author would; it may name the version of
+    sinkbench.api that it needs."""
 
-    def build(module: str, code: str) -> Path:
+    def build(module: str, code: str, api_version: str = API_VERSION) -> Path:
         source = tmp_path_factory.mktemp(module)
         (source / f"{module}.py").write_text(textwrap.dedent(code))
         (source / "pyproject.toml").write_text(
@@ -125,17 +128,20 @@ def build_plugin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str
                 [project.entry-points.sinkbench]
                 {module} = "{module}"
 
+                [project.entry-points."sinkbench.api"]
+                "{api_version}" = "sinkbench.api"
+
                 [tool.setuptools]
                 py-modules = ["{module}"]
                 """
             )
         )
-        return _build(source)
+        return build_wheel(source)
 
     return build
 
 
-def _build(source: Path) -> Path:
+def build_wheel(source: Path) -> Path:
     _pip("wheel", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", source / "dist", source)
     (built,) = (source / "dist").glob("*.whl")
     return built
