@@ -103,12 +103,15 @@ def _parse(folder: Path, info: dict[str, Any]) -> Checkpoint:
 
 
 def _check_size(path: Path, file: FileSum) -> None:
-    if not path.is_file():
-        raise CheckpointError(str(path), "is missing", f"copy it again, or {USE_EARLIER}")
-    size = path.stat().st_size
+    remedy = f"copy it again, or {USE_EARLIER}"
+    try:
+        if not path.is_file():
+            raise CheckpointError(str(path), "is missing", remedy)
+        size = path.stat().st_size
+    except OSError as error:
+        raise CheckpointError(str(path), f"cannot be read ({error.strerror})", remedy) from error
     if file.size not in (size, -1):
-        problem = f"has {size} bytes where {INFO} says {file.size}"
-        raise CheckpointError(str(path), problem, f"copy it again, or {USE_EARLIER}")
+        raise CheckpointError(str(path), f"has {size} bytes where {INFO} says {file.size}", remedy)
 
 
 def verify_files(checkpoint: Checkpoint, names: Collection[str] | None = None) -> None:

@@ -16,10 +16,19 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sinkbench.checkpoint import RECIPE, Checkpoint, CheckpointStore, FormatError, verify_files, write_info
+from sinkbench.checkpoint import (
+    RECIPE,
+    Checkpoint,
+    CheckpointStore,
+    FormatError,
+    open_checkpoint,
+    verify_files,
+    write_info,
+)
 from sinkbench.checksums import FileSum, write_hashed
 from sinkbench.config import CheckpointConfig
 from sinkbench.errors import CheckpointError
@@ -247,7 +256,7 @@ def newest_good(store: CheckpointStore, layout: Layout, verify: str) -> Checkpoi
         raise _unusable(store.folder, found)
     damaged: list[CheckpointError] = []
     for step in reversed(found):
-        examined = _examine(store, step, layout, verify)
+        examined = _examine(partial(store.open, step), layout, verify)
         if isinstance(examined, FormatError):
             raise examined  # the user's to decide: it may be better than those before it
         if isinstance(examined, Checkpoint):
@@ -271,10 +280,26 @@ def _unusable(folder: Path, failed: _Failed) -> CheckpointError:
     return CheckpointError(str(folder), f"cannot be used ({failed.problem})", "make it readable and writable")
 
 
-def _examine(store: CheckpointStore, step: int, layout: Layout, verify: str) -> Checkpoint | CheckpointError:
-    opened = _from_main(layout, lambda: _or_error(lambda: store.open(step)))
+def open_good(folder: Path, layout: Layout, verify: str) -> Checkpoint:
+    """A checkpoint by its folder, if it is as it was written. All ranks call it, and each reads a share of
+    the files.
+
+    Args:
+        verify: "full" compares checksums, "size" sizes only.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    examined = _examine(partial(open_checkpoint, folder), layout, verify)
+    if isinstance(examined, CheckpointError):
+        raise examined
+    return examined
+
+
+def _examine(opener: Callable[[], Checkpoint], layout: Layout, verify: str) -> Checkpoint | CheckpointError:
+    opened = _from_main(layout, partial(_or_error, opener))
     if isinstance(opened, _Failed):
-        return _unusable(store.folder / f"step_{step}", opened)
+        raise RuntimeError(opened.traceback or opened.problem)
     if not isinstance(opened, Checkpoint) or verify != "full":
         return opened
     share = _shares(opened.files, layout.world_size)[layout.rank]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from sinkbench import flops, manifest
 from sinkbench.api import Batch, LossSpec
 from sinkbench.batching import micro_batch_size
-from sinkbench.checkpoint import CheckpointStore, open_checkpoint
+from sinkbench.checkpoint import CheckpointStore
 from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
 from sinkbench.data.run_tokenizer import keep_tokenizer
@@ -27,7 +27,7 @@ from sinkbench.measure.results import StepMetrics, write
 from sinkbench.model import Declarations, build_stages, declare
 from sinkbench.progress import Bar, Sink, open_sinks
 from sinkbench.run_folder import RunFolder, folder_of, join, write_json
-from sinkbench.saving import Saver, load, newest_good
+from sinkbench.saving import Saver, load, newest_good, open_good
 from sinkbench.stopping import Deadline, Request
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class Trainer:
     def _load_start(self, stages: list[Any], folder: Path) -> None:
         from sinkbench.megatron import state
 
-        missing = state.load_weights(stages, open_checkpoint(folder).folder, other_attention=True)
+        open_good(folder, self.layout, self.config.checkpoint.verify)
+        missing = state.load_weights(stages, folder, other_attention=True)
         if missing and self.layout.is_main:
             names = ", ".join(missing)
             _log.warning("%s has no %s: these start at the initial values of the recipe", folder, names)
@@ -234,6 +235,7 @@ class Trainer:
             return
         self._log(step, trouble.event, trouble.values)
         if trouble.stop:
+            self.saver.wait()
             raise DivergedError(f"step {step}", f"{trouble.what}{self._cause(step, batch)}", trouble.remedy)
         if self.layout.is_main:
             _log.warning("step %d: %s", step, trouble.what)

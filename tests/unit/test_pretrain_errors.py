@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from sinkbench.checkpoint import open_checkpoint, verify_files
 from sinkbench.errors import CheckpointError
 from sinkbench.measure.runs import find_checkpoint
 from sinkbench.testing import RunDistributed
@@ -101,7 +102,8 @@ class Case:
 
 
 OTHER_SEED = (
-    "runs/small: it holds a run of another recipe (seed 1234 -> 7); set another name, or delete the folder"
+    "runs/small: it holds a run of another recipe (seed 1234 -> 7); set another name, or allow the change: "
+    "'checkpoint.allow_change=[seed]'"
 )
 NEW = "name=new"
 """A run that has no folder yet."""
@@ -203,7 +205,7 @@ RUN_CASES = (
     Case(
         "another recipe",
         "runs/small: it holds a run of another recipe (optim.lr 0.0004 -> 0.01, seed 1234 -> 7); set another "
-        "name, or delete the folder",
+        "name, or allow the change: 'checkpoint.allow_change=[optim.lr, seed]'",
         overrides=("optim.lr=1e-2", "seed=7"),
     ),
     Case(
@@ -228,8 +230,19 @@ def change_info(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
 STEP_4 = "runs/small/checkpoints/step_4"
 EARLIER = "delete the folder to go on from an earlier checkpoint"
+OTHER_FORMAT = checkpoint_case(
+    "another format",
+    f"{STEP_4}: it has format 99, this version reads 1 and 2; use a matching sinkbench",
+    lambda folder: (folder / "checkpoint.json").write_text('{"format": 99}'),
+)
 CHECKPOINT_CASES = (
     checkpoint_case(
         "no checkpoint.json",
@@ -243,14 +256,10 @@ CHECKPOINT_CASES = (
     ),
     checkpoint_case(
         "checkpoint.json of something else",
-        f"{STEP_4}/checkpoint.json: is damaged (TypeError: ...); {EARLIER}",
+        f"{STEP_4}/checkpoint.json: is damaged (AttributeError: ...); {EARLIER}",
         lambda folder: (folder / "checkpoint.json").write_text("[]"),
     ),
-    checkpoint_case(
-        "another format",
-        f"{STEP_4}: it has format 99, this version reads 1; use a matching sinkbench",
-        lambda folder: change_info(folder, format=99),
-    ),
+    OTHER_FORMAT,
     checkpoint_case(
         "no .metadata",
         f"{STEP_4}/.metadata: is missing; copy it again, or {EARLIER}",
@@ -267,6 +276,17 @@ CHECKPOINT_CASES = (
         lambda folder: truncate(folder / "__0_0.distcp"),
     ),
     checkpoint_case(
+        "flipped bit",
+        f"{STEP_4}/__0_1.distcp: is not what was written (SHA-256 differs from checkpoint.json); "
+        f"copy it again, or {EARLIER}",
+        lambda folder: flip(folder / "__0_1.distcp"),
+    ),
+    checkpoint_case(
+        "changed checkpoint.json",
+        f"{STEP_4}/checkpoint.json: is damaged (ValueError: its checksum is another); {EARLIER}",
+        lambda folder: change_info(folder, step=2),
+    ),
+    checkpoint_case(
         "no recipe",
         f"{STEP_4}/recipe.yaml: is missing; copy it again, or {EARLIER}",
         lambda folder: (folder / "recipe.yaml").unlink(),
@@ -274,7 +294,7 @@ CHECKPOINT_CASES = (
 )
 
 
-@pytest.mark.parametrize("case", [*RUN_CASES, *CHECKPOINT_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*RUN_CASES, OTHER_FORMAT], ids=lambda case: case.name)
 def test_pretrain_refuses(run_distributed: RunDistributed, work: Path, case: Case) -> None:
     case.damage(work / "runs" / "small")
     before = contents(work)
@@ -314,16 +334,39 @@ def test_nothing_to_measure(work: Path, target: str, step: int | None, line: str
         find_checkpoint(Path(target), step)
 
 
+DAMAGED = [case for case in CHECKPOINT_CASES if case is not OTHER_FORMAT]
+QUICK = ("flipped bit", "truncated checkpoint.json", "no shard")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=c.name, marks=() if c.name in QUICK else pytest.mark.full) for c in DAMAGED],
+)
 def test_goes_on_from_the_checkpoint_before_the_damaged_one(
-    run_distributed: RunDistributed, work: Path
+    run_distributed: RunDistributed, work: Path, case: Case
 ) -> None:
-    """Once that is deleted, as the message advises."""
+    """Which is named in one line, and written anew."""
     metrics = work / "runs" / "small" / "metrics.jsonl"
     before = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
-    shutil.rmtree(work / STEP_4)
-    ((code, _, _),) = run_distributed(1, rank_calls, "sinkbench.pretrain", ["small.yaml"])
+    case.damage(work / "runs" / "small")
+    ((code, _, err),) = run_distributed(1, rank_calls, "sinkbench.pretrain", ["small.yaml"])
+    what, _, _ = case.line.partition("; ")
     assert code == 0
+    assert re.fullmatch(re.escape(what).replace(r"\.\.\.", ".*") + "; step 2 is used\n", err), err
     assert [json.loads(line)["loss"] for line in metrics.read_text().splitlines()] == before
+    verify_files(open_checkpoint(work / STEP_4))
+
+
+def test_no_checkpoint_is_good(run_distributed: RunDistributed, work: Path) -> None:
+    for step in (2, 4):
+        truncate(work / STEP_4.replace("4", str(step)) / "__0_0.distcp")
+    before = contents(work)
+    line = (
+        f"{STEP_4}/__0_0.distcp: has ... bytes where checkpoint.json says ..., and no earlier checkpoint is "
+        "good; copy it again from elsewhere, or delete the folder checkpoints to start anew"
+    )
+    results = run_distributed(2, rank_calls, "sinkbench.pretrain", ["small.yaml"])
+    assert_refused(results, line, before, work)
 
 
 def test_folders_of_two_tokenizers(run_distributed: RunDistributed, work: Path) -> None:
