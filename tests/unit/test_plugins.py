@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from sinkbench import discovery, plugins, recipe
+from sinkbench.command import run_command
 from sinkbench.errors import PluginError, RecipeError
 from tests.unit.conftest import Install, Write
 
@@ -271,3 +272,40 @@ def test_plugins_and_recipes_need_no_torch() -> None:
         "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+BROKEN_BUILD = """
+from sinkbench.api import Plugin, hookimpl
+
+def build(params, context):
+    raise KeyError("scale")
+
+@hookimpl
+def sinkbench_attention():
+    return [Plugin(name="broken", summary="a test", build=build)]
+"""
+
+
+def test_a_build_that_raises_names_plugin_and_package(
+    install: Install, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinkbench.model import declare
+
+    install("broken-build", BROKEN_BUILD)
+    config = recipe.to_config(recipe.load("small", ["model.attention=broken"]))
+    resolved = plugins.resolve(config, plugins.discover())
+
+    def run() -> None:
+        declare(config, resolved, 64)
+
+    line = (
+        "model.attention: plugin broken of broken-build 1.0: its build raised KeyError: 'scale'; repair it "
+        "in broken_build_module; SINKBENCH_DEBUG=1 shows the traceback\n"
+    )
+    assert run_command(run) == 2
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("SINKBENCH_DEBUG", "1")
+    assert run_command(run) == 2
+    shown = capsys.readouterr().err
+    assert shown.endswith(line)
+    assert 'in build\n    raise KeyError("scale")' in shown

@@ -59,6 +59,20 @@ def test_tensorboard(tmp_path: Path) -> None:
     assert [s.step for s in written.Scalars("train/mfu")] == [10]
 
 
+def test_tensorboard_takes_back_what_a_resumed_run_does_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, loss in ((0, 2.5), (10, 2.0)):
+        (sink,) = open_sinks(config(tensorboard=True, progress=False), tmp_path, start)
+        for step in (10, 20):
+            if step > start:
+                sink.log(step, "train", TRAIN | {"loss": loss})
+        sink.close()
+    written = EventAccumulator(str(tmp_path / "tensorboard"))
+    written.Reload()
+    assert [(s.step, s.value) for s in written.Scalars("train/loss")] == [(10, 2.5), (20, 2.0)]
+
+
 def test_nothing_is_opened_unasked(tmp_path: Path) -> None:
     assert open_sinks(config(progress=False), tmp_path, 0) == []
     assert not any(tmp_path.iterdir())
@@ -77,11 +91,16 @@ def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_sinks(config(wandb={}), tmp_path, 0)
 
 
-def test_wandb_is_offline_without_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_offline_without_a_key_and_goes_on_under_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (sink,) = open_sinks(config(wandb={}, progress=False), tmp_path, 0)
-    sink.log(10, "train", TRAIN)
-    sink.close()
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    for start in (0, 10):
+        (sink,) = open_sinks(config(wandb={}, progress=False), tmp_path, start)
+        sink.log(start + 10, "train", TRAIN)
+        sink.close()
+    files = list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    run_id = (tmp_path / "wandb_run_id").read_text().strip()
+    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sinkbench import recipe
+from sinkbench import recipe, run_folder
 from sinkbench.config import Config
 from sinkbench.errors import HostError, RecipeError
 from sinkbench.run_folder import RunFolder, folder_of
@@ -83,7 +86,85 @@ def test_half_a_line_of_a_kept_step_is_dropped(make: Make) -> None:
     assert metrics.read_text() == whole
 
 
-def test_one_run_at_a_time(make: Make) -> None:
+def test_damaged_lines_are_left_out_and_reported(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    folder = begun(make())
+    for step in (1, 2, 3):
+        folder.log(step, "train", {"loss": 1.0})
+    folder.close()
+    metrics = folder.path / "metrics.jsonl"
+    first, second, third = metrics.read_text().splitlines(keepends=True)
+    damage = '{"step": 2, "eve\n[]\n\0\0\n'
+    metrics.write_text(first + damage + second + third)
+    resumed = begun(make(), start=2)
+    resumed.close()
+    assert metrics.read_text() == first + second
+    assert resumed.latest_events()["train"]["step"] == 2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"runs/small/metrics.jsonl: line {number} is damaged and left out" for number in (2, 3, 4)
+    ]
+
+
+def test_a_run_that_starts_anew_keeps_no_line(make: Make) -> None:
+    """That of step 0 is written again."""
+    folder = begun(make())
+    folder.log(0, "probe", {"sink_1_raw": 0.0})
+    folder.close()
+    begun(make()).close()
+    assert (folder.path / "metrics.jsonl").read_text() == ""
+
+
+def test_what_no_longer_holds_is_removed(make: Make) -> None:
+    folder = begun(make())
+    folder.stopped(8, "SIGTERM")
+    assert json.loads((folder.path / "stopped.json").read_text()) == {"step": 8, "reason": "SIGTERM"}
+    folder.close()
+    (folder.path / "summary.json").write_text("{}")
+    (folder.path / "measure").mkdir()
+    for name in ("step_4.json", "step_8.json", "step_12.json", "other.json"):
+        (folder.path / "measure" / name).touch()
+    begun(make(), start=8).close()
+    assert sorted(path.name for path in (folder.path / "measure").iterdir()) == [
+        "other.json",
+        "step_4.json",
+        "step_8.json",
+    ]
+    assert not (folder.path / "stopped.json").exists()
+    assert not (folder.path / "summary.json").exists()
+
+
+def test_no_run_starts_beside_a_rank_of_an_earlier_one(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "RANKS_WAIT_S", 0.0)
+    first = begun(make())
+    ranks = [run_folder.join(first.path) for _ in range(2)]
+    first.close()  # as if its process had been killed
+    with pytest.raises(HostError, match=r"^runs/small: a rank of an earlier run is still there; end it, or"):
+        RunFolder(make())
+    ranks.pop().close()
+    with pytest.raises(HostError, match="a rank of an earlier run"):
+        RunFolder(make())
+    ranks.pop().close()
+    RunFolder(make()).close()
+
+
+def test_a_run_waits_for_one_that_is_about_to_end(make: Make) -> None:
+    first = begun(make())
+    threading.Timer(0.3, first.close).start()
+    RunFolder(make()).close()
+
+
+def test_a_file_system_without_locks_is_reported(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    begun(make()).close()
+    assert "runs/small: its file system has no locks; start no other run there" in caplog.text
+
+
+def test_one_run_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "LOCK_WAIT_S", 0.0)
     first = begun(make())
     with pytest.raises(HostError, match=r"^runs/small: another run is writing here; wait for it, or set"):
         RunFolder(make())
@@ -101,6 +182,10 @@ def test_one_run_at_a_time(make: Make) -> None:
         "train.micro_batch_size=2",
         "train.recompute=full",
         "output_dir=runs/../runs",
+        "measure={every: 3, eps: 0.2}",
+        "validation.every=3",
+        "train={max_minutes: 5, on_spike: skip, max_skipped_steps: 0}",
+        "train.steps=1000",  # the schedule is constant
     ],
 )
 def test_resumed_run_may_change(make: Make, override: str) -> None:
@@ -108,6 +193,10 @@ def test_resumed_run_may_change(make: Make, override: str) -> None:
     folder = begun(make(override))
     folder.close()
     assert recipe.to_config(recipe.load(folder.path / "recipe.yaml")) == make(override)
+
+
+MANY = ["seed=2", "model.num_layers=3", "model.ffn_hidden_size=99", "train.deterministic=true"]
+MANY += ["optim.betas=[0.5, 0.5]", "optim.clip_grad=0"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +208,9 @@ def test_resumed_run_may_change(make: Make, override: str) -> None:
             ["model.attention={name: sigmoid, normalize: false}"],
             "model.attention.name 'softmax' -> 'sigmoid', ",
         ),
-        (["seed=2", "model.num_layers=3", "optim.eps=1e-6", "optim.lr=1", "train.steps=300"], " and 2 more"),
+        (["train.steps=150"], "train.steps 200 -> 150"),
+        (["seed=2", "optim.lr=1"], "(optim.lr 0.0004 -> 1.0, seed 1234 -> 2); "),
+        ([*(f"optim.{key}=1e-6" for key in ("eps", "lr", "weight_decay")), *MANY], " and 1 more)"),
     ],
 )
 def test_another_recipe_is_refused(make: Make, overrides: list[str], changes: str) -> None:
@@ -130,8 +221,34 @@ def test_another_recipe_is_refused(make: Make, overrides: list[str], changes: st
     line = str(error.value)
     assert line.startswith("runs/small: it holds a run of another recipe (")
     assert changes in line
-    assert line.endswith("); set another name, or delete the folder")
+    assert "); set another name" in line
+    assert ("checkpoint.allow_change=[" in line) is ("global_batch_size" not in line)
     assert (Path("runs/small/recipe.yaml")).read_bytes() == before
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_longer_schedule_must_be_allowed(make: Make, schedule: str) -> None:
+    begun(make(f"optim.schedule={schedule}")).close()
+    longer = f"optim.schedule={schedule}", "train.steps=1000"
+    with pytest.raises(
+        RecipeError, match=r"train.steps \d+ -> 1000\); set another name, or allow the change: "
+    ):
+        RunFolder(make(*longer))
+    begun(make(*longer, "checkpoint.allow_change=[train.steps]")).close()
+
+
+def test_named_sections_may_change(make: Make) -> None:
+    begun(make()).close()
+    with pytest.raises(RecipeError, match=r"\(seed 1234 -> 2\); set another name, or allow"):
+        RunFolder(make("optim={lr: 1e-3, eps: 1e-6}", "seed=2", "checkpoint.allow_change=[optim]"))
+    begun(make("optim={lr: 1e-3, eps: 1e-6}", "seed=2", "checkpoint.allow_change=[optim, seed]")).close()
+
+
+@pytest.mark.parametrize("key", ["train", "train.global_batch_size", "model", "model.seq_length"])
+def test_what_the_data_position_counts_in_may_not_change(make: Make, key: str) -> None:
+    begun(make()).close()
+    with pytest.raises(RecipeError, match=r"^checkpoint.allow_change: .* cannot change within a run"):
+        RunFolder(make(f"checkpoint.allow_change=[{key}]"))
 
 
 def test_unwritable(make: Make) -> None:

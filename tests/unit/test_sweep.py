@@ -30,6 +30,9 @@ print("said by", folder.name)
 print("complained of by", folder.name, file=sys.stderr)
 if folder.name == "bad":
     sys.exit(2)
+if folder.name == "interrupted":
+    (folder / "stopped.json").write_text("{}")
+    sys.exit(1)  # of torchrun, whose ranks ended with 75
 if folder.name == "slow":
     pathlib.Path("slow.pid").write_text(str(os.getpid()))
     time.sleep(60)
@@ -118,6 +121,17 @@ def test_a_run_that_fails_does_not_stop_the_others(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_run_that_was_stopped_did_not_fail(write: Write, capsys: Capture, jobs: str) -> None:
+    write("t.yaml", "extends: small\nsweep: [{label: interrupted, seed: 1}, {label: plain, seed: 2}]\n")
+    assert call("t", "--jobs", jobs) == 75
+    err = capsys.readouterr().err
+    assert "1 of 2 runs were stopped: interrupted; the same command goes on with them" in err
+    assert "failed" not in err
+    assert [row["label"] for row in json.loads(Path("runs/small/summary.json").read_text())] == ["plain"]
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_a_second_call_runs_only_what_did_not_finish(capsys: Capture) -> None:
     call("s")
     assert call("s", "log.every=1") == 1  # logging may change
@@ -133,7 +147,7 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_runs(capsys: Capt
     assert call("s", "seed=6") == 2
     assert capsys.readouterr().err == (
         "runs/small/plain: it holds a run of another recipe (seed 1234 -> 6); "
-        "set another name, or delete the folder\n"
+        "set another name, or allow the change: 'checkpoint.allow_change=[seed]'\n"
     )
     assert recipe.load("runs/small/bad/recipe.yaml").values == before
     assert len(events()) == 3
