@@ -20,6 +20,7 @@ from sinkbench.measure.inputs import INPUTS
 from sinkbench.measure.model_list import ModelList, read_model_list
 from sinkbench.measure.results import Result, Results, write
 from sinkbench.measure.settings import Settings
+from sinkbench.redaction import redact
 
 LIST_SUFFIXES = (".yaml", ".yml")
 
@@ -202,7 +203,7 @@ def _write(arguments: argparse.Namespace, results: Sequence[Result]) -> None:
     if arguments.report:
         from sinkbench.report.measurements import measurements_page
 
-        write_atomically(arguments.report, measurements_page(results, " ".join(sys.argv[1:])))
+        write_atomically(arguments.report, measurements_page(results, redact(" ".join(sys.argv[1:]))))
 
 
 def _print(results: Sequence[Result], lists: Sequence[ModelList], skipped: Sequence[tuple[str, str]]) -> None:

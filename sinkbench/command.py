@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from sinkbench.errors import DEBUG, EXIT_CODE, STOPPED_EXIT_CODE, HostError, SinkbenchError, Stopped
+from sinkbench.redaction import redact
 
 REPORT_WAIT_S = 10.0
 """How long the other ranks leave the word to rank 0, which mostly has the same error."""
@@ -88,7 +89,7 @@ def _report(error: SinkbenchError) -> int:
         leave_the_word_to_others()
     if os.environ.get(DEBUG) == "1":
         traceback.print_exception(error)
-    print(error, file=sys.stderr, flush=True)
+    print(redact(str(error)), file=sys.stderr, flush=True)
     return EXIT_CODE
 
 

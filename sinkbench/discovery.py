@@ -24,8 +24,10 @@ from sinkbench.errors import PluginError
 from sinkbench.explain import nearest
 
 SELECTION = "SINKBENCH_PLUGINS"
-"""Environment variable: a comma list; ``-name`` leaves a package out, bare names leave out all others.
-A name is that of a distribution, of an entry point, or distribution:entry_point."""
+"""Environment variable: a comma list; ``-name`` leaves a package out, bare names leave out all others, and
+``none`` leaves out all but sinkbench's own. What is left out is not imported. A name is that of a
+distribution, of an entry point, or distribution:entry_point."""
+NONE = "none"
 
 API_GROUP = "sinkbench.api"
 """Entry-point group in which a package names the version of sinkbench.api that it was written for. It is read
@@ -197,7 +199,10 @@ def _package(point: EntryPoint) -> Package:
 
 def _select(packages: list[Package]) -> set[Package]:
     words = [word.strip() for word in os.environ.get(SELECTION, "").split(",") if word.strip()]
-    known = {name for package in packages for name in package.names}
+    own = {package for package in packages if _normal(package.distribution) == PROJECT}
+    if words == [NONE]:
+        return own
+    known = {name for package in packages for name in package.names} | {NONE}
     allowed: set[Package] = set()
     denied: set[Package] = set()
     for word in words:

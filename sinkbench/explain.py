@@ -121,7 +121,7 @@ def _written(location: Location, values: Any, missing: bool) -> list[int | str]:
 
 def _known_keys(key: str, word: str, section: Location, schema: type[BaseModel], also: Iterable[str]) -> str:
     """The remedy for an unknown key: a near one of its section, or of another."""
-    here = {*_keys(_models_at(section, schema)), *also}
+    here = {*_keys(_models_at(section, schema)), *also} - {word}  # a sweep cannot sweep its sweep
     everywhere = set(all_keys(schema))
     # A key that exists under this path belongs to another member of a union.
     if key not in everywhere and not difflib.get_close_matches(word, here, n=1):

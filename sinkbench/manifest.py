@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sinkbench
+from sinkbench.redaction import redact
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
@@ -32,7 +33,7 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
         "git": git_commit(Path(sinkbench.__file__).parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "command": sys.argv,
+        "command": command_line(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "optional_packages": {name: _version(name) for name in OPTIONAL} | {"apex": _apex()},
         "device": device_name(layout.device),
@@ -52,6 +53,11 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
         "vocab_size": declared.context.vocab_size,
         "padded_vocab_size": declared.padded_vocab_size,
     }
+
+
+def command_line() -> list[str]:
+    """How this process was called, secrets aside."""
+    return [redact(word) for word in sys.argv]
 
 
 def git_commit(folder: Path) -> str | None:

@@ -24,6 +24,7 @@ from sinkbench.errors import RecipeError, SinkbenchError
 from sinkbench.explain import explain, show
 from sinkbench.recipe_files import find
 from sinkbench.recipe_layers import BLOCKS, Layer, flatten, is_within, merge, nest
+from sinkbench.redaction import redact
 
 COMMAND_LINE = "command line"
 EXTENDS = "extends+="
@@ -93,6 +94,7 @@ def to_config(recipe: Recipe) -> Config:
             of the others.
     """
     values = _with_default_names(recipe.values)
+    _refuse_secrets(recipe)
     try:
         # JSON in strict mode: a list may become a tuple, but "5", true and 5.0 are no integers.
         return Config.model_validate_json(json.dumps(values), strict=True)
@@ -263,6 +265,16 @@ def _overrides(overrides: Sequence[str]) -> Layer:
         parsed, _ = recipe_yaml.parse(value, COMMAND_LINE, key, lines=False)
         merge(layer, nest(key, parsed, COMMAND_LINE))
     return layer
+
+
+def _refuse_secrets(recipe: Recipe) -> None:
+    """A recipe is copied into run folders, checkpoints and reports."""
+    for key, value in flatten(recipe.values):
+        text = value if isinstance(value, str) else json.dumps(value)
+        if redact(text) != text:
+            where = origin(recipe.provenance, key) or display(recipe.path)
+            problem = "it holds a token or password, which every copy of the recipe would show"
+            raise RecipeError(f"{where}: {key}", problem, "leave it to the environment")
 
 
 def _with_default_names(values: dict[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,9 @@ def take(layer: Layer, where: str) -> dict[str, float]:
         if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= MAX_FACTOR:
             remedy = f"write a number above 0, at most {MAX_FACTOR:g}"
             raise RecipeError(place, f"{show(factor)} is not a factor", remedy)
+        value = _value(layer, key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise RecipeError(place, f"{key} is not a number", "name a key that has one")
     return factors
 
 
@@ -50,14 +53,20 @@ def apply(layer: Layer, factors: dict[str, float], kept: str) -> None:
         kept: values from this place are left as they are.
     """
     for key, factor in factors.items():
-        *sections, last = key.split(".")
-        holder: Any = layer.values
-        for section in sections:
-            holder = holder.get(section) if isinstance(holder, dict) else None
-        value = holder.get(last) if isinstance(holder, dict) else None
+        section, _, last = key.rpartition(".")
+        value = _value(layer, key)
         place = layer.origins.get(key, "")
         if place == kept or isinstance(value, bool) or not isinstance(value, int | float):
             continue
+        holder = _value(layer, section) if section else layer.values
         holder[last] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
         if factor != 1:
             layer.origins[key] = f"{place}, {value:g} x {factor:g}"
+
+
+def _value(layer: Layer, key: str) -> Any:
+    """What stands under a dotted key; None if nothing does."""
+    value: Any = layer.values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value

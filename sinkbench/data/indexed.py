@@ -20,6 +20,7 @@ import numpy.typing as npt
 from sinkbench.config import IndexedConfig
 from sinkbench.data.manifest import MANIFEST, TRAIN, VALIDATION, Manifest, check_sizes, load_manifest
 from sinkbench.data.source import Arrays, HeldOut
+from sinkbench.data.verify import verify_at_start
 from sinkbench.errors import DataError
 from sinkbench.megatron.datasets import blend_table, open_tokens
 
@@ -164,6 +165,7 @@ class _Folder:
         folder = Path(path).expanduser()
         manifest = load_manifest(folder)
         check_sizes(folder, manifest)
+        verify_at_start(folder, manifest)
         return cls(folder, manifest)
 
     @classmethod

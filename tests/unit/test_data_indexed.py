@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from sinkbench.config import Config, IndexedConfig
+from sinkbench.data import verify as data_verify
 from sinkbench.data.indexed import BLEND_PERIOD, IndexedSource
+from sinkbench.data.manifest import file_sha256
 from sinkbench.data.source import open_source
 from sinkbench.data.verify import verify
 from sinkbench.errors import DataError
@@ -195,6 +198,12 @@ def replace_bytes(path: Path, offset: int, data: bytes) -> None:
     path.write_bytes(content)
 
 
+def replace_and_record(path: Path, at: int, new: bytes) -> None:
+    """As a program would that wrote wrong tokens in the first place: the checksum fits."""
+    replace_bytes(path, at, new)
+    edit_manifest(path.parent, lambda m: m["files"][path.name].update(sha256=file_sha256(path)))
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (
         lambda f: (f / "manifest.json").unlink(),
@@ -209,15 +218,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "token file is cut": (lambda f: cut(f / "train.bin"), "train.bin: has 134 bytes where the"),
     "index is cut": (lambda f: cut(f / "train.idx"), "train.idx: has"),
     "index of another format": (
-        lambda f: replace_bytes(f / "train.idx", 0, b"X"),
+        lambda f: replace_and_record(f / "train.idx", 0, b"X"),
         "train.idx: is damaged (not the header of an IndexedDataset",
     ),
     "index counts more sequences": (
-        lambda f: replace_bytes(f / "train.idx", 18, b"\7"),
+        lambda f: replace_and_record(f / "train.idx", 18, b"\7"),
         "train.idx: is damaged (162 bytes where the header says 174)",
     ),
     "index of other tokens": (
-        lambda f: replace_bytes(f / "train.idx", 34, b"\5"),
+        lambda f: replace_and_record(f / "train.idx", 34, b"\5"),
         "train.bin: has 136 bytes where train.idx says 138",
     ),
     "manifest of other tokens": (
@@ -225,7 +234,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         "train.bin holds 68 uint16 where the manifest says 60 uint16",
     ),
     "token outside the vocabulary": (
-        lambda f: replace_bytes(f / "train.bin", 4, b"\xff\xff"),
+        lambda f: replace_and_record(f / "train.bin", 4, b"\xff\xff"),
         "train.bin holds token 65535, outside the tokenizer's vocabulary of 1000",
     ),
 }
@@ -253,10 +262,54 @@ def test_verify_finds_a_changed_byte(folder: Path) -> None:
     sha256 = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
     edit_manifest(folder, lambda m: m["tokenizer"].update(sha256=sha256))
     assert verify(folder).tokens["train"] == len(stream(TEXTS))
-    replace_bytes(folder / "train.bin", 10, b"\1\2")
-    open_folders(folder)  # within the vocabulary, so only the checksum tells
+    replace_bytes(folder / "train.bin", 10, b"\1\2")  # within the vocabulary, so only the checksum tells
     with pytest.raises(DataError, match=r"train.bin: is not what was prepared"):
         verify(folder)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "train.idx", "validation.bin", "tokenizer/tokenizer.model"])
+def test_a_flipped_bit_is_refused_at_start(
+    folder: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_verify, "CACHE", tmp_path / "cache")
+    tokenizer = folder / "tokenizer" / "tokenizer.model"
+    tokenizer.parent.mkdir()
+    tokenizer.write_bytes(b"the tokenizer")
+    edit_manifest(folder, lambda m: m["tokenizer"].update(sha256=file_sha256(tokenizer)))
+    open_folders(folder)
+    content = (folder / name).read_bytes()
+    replace_bytes(folder / name, len(content) - 2, bytes([content[-2] ^ 1]))
+    os.utime(folder / name, ns=(1, 1))  # however coarse the file system's clock
+    with pytest.raises(DataError, match=rf"{name}: is not what was prepared"):
+        open_folders(folder)
+
+
+def test_checksums_are_compared_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_verify, "CACHE", tmp_path / "cache")
+    read: list[str] = []
+
+    def record(path: Path) -> str:
+        read.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(data_verify, "file_sha256", record)
+    open_folders(folder)
+    assert sorted(read) == ["train.bin", "train.idx", "validation.bin", "validation.idx"]
+    open_folders(folder)
+    assert len(read) == 4
+    os.utime(folder / "train.idx", ns=(1, 1))
+    open_folders(folder)
+    assert read[4:] == ["train.idx"]
+    # A note that cannot be read or written costs a comparison, no more.
+    for note in (tmp_path / "cache").iterdir():
+        note.write_text("[")
+    open_folders(folder)
+    monkeypatch.setattr(data_verify, "CACHE", folder / "train.bin")
+    open_folders(folder)
+    assert len(read) == 5 + 4 + 4
+    monkeypatch.setattr(data_verify, "CHECKED_BYTES", 0)
+    open_folders(folder)
+    assert len(read) == 13
 
 
 def test_verify_finds_a_token_outside_the_vocabulary(folder: Path) -> None:
