@@ -105,6 +105,9 @@ def _describe(
     """The recipe, how the tensors correspond, and where each lies in the files."""
     kind = files.config.get("model_type")
     if kind == template.MODEL_TYPE:
+        if seq_length is not None:
+            problem = "an export of sinkbench keeps that of its recipe"
+            raise SinkbenchError("--seq-length", problem, "leave it out")
         return _describe_ours(files)
     family = next((family for family in FAMILIES if family.model_type == kind), None)
     if family is None:

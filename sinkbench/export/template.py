@@ -14,7 +14,7 @@ from typing import Any
 
 from sinkbench.attention import sdpa
 from sinkbench.config import Config
-from sinkbench.errors import PluginError
+from sinkbench.errors import CheckpointError, PluginError
 from sinkbench.export.bundle import bundle, flat_name
 from sinkbench.export.family import LAYER
 from sinkbench.export.family_llama import layer_matrices
@@ -164,7 +164,8 @@ def pieces(config: Config, declared: Declarations, stored: Iterable[str]) -> lis
     summed = declared.attention.combine == "sum"
     found = _every_model(model.tie_embeddings, layer_matrices(model.linear_bias, model.ffn, heads, summed))
     known = {piece.stored for piece in found}
-    return found + [whole(name, _moved(name, _PLACES)) for name in stored if name not in known]
+    # In order: the layout that wrote the checkpoint has an order of its own.
+    return found + [whole(name, _moved(name, _PLACES)) for name in sorted(stored) if name not in known]
 
 
 def pieces_of(config: Mapping[str, Any], names: Iterable[str]) -> list[Piece]:
@@ -189,4 +190,4 @@ def _moved(name: str, places: Sequence[tuple[str, str]]) -> str:
     for beginning, place in places:
         if name.startswith(beginning):
             return place + name.removeprefix(beginning)
-    raise AssertionError(f"{name} has no place in the template")
+    raise CheckpointError(name, "is no tensor of an exported model", "export the model again")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ from sinkbench.data.tokenizer import load_tokenizer
 from sinkbench.errors import DataError
 from sinkbench.export import from_hf, to_hf
 from sinkbench.export.model_files import ModelFiles
-from sinkbench.export.safetensors_files import write_shards
+from sinkbench.export.safetensors_files import Entry, write_shards
 from sinkbench.export.written import Weight, write_weights
 from sinkbench.testing import RunDistributed
+from tests.distributed.export_runs import assert_same_metrics
 from tests.distributed.runs import SHORT, SWIGLU, Run, rank_trains
 
 pytest.importorskip("transformers")
@@ -43,7 +46,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def run(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Sigmoid attention after three steps on this file, whose prepared data is deleted afterwards."""
+    """Sigmoid attention after three steps on this file."""
     root = tmp_path_factory.mktemp("run")
     corpus, data = root / "corpus", root / "data"
     corpus.mkdir()
@@ -64,9 +67,6 @@ def run(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFactor
         f"output_dir={root / 'runs'}",
     ]
     run_distributed(1, rank_trains, overrides)
-    kept = load_tokenizer(data / "tokenizer" / "tokenizer.model").sha256
-    assert load_tokenizer(root / "runs" / "short" / "tokenizer").sha256 == kept
-    shutil.rmtree(data)
     return Run(root / "runs" / "short")
 
 
@@ -109,6 +109,22 @@ def test_the_tokenizer_is_that_of_the_run(run: Run, export: Path) -> None:
     assert json.loads((export / "config.json").read_text())["eos_token_id"] == ours.eos_id
 
 
+@pytest.fixture
+def no_data(run: Run) -> Iterator[None]:
+    """The prepared data is gone."""
+    data = run.folder.parents[1] / "data"
+    data.rename(data.with_name("elsewhere"))
+    yield
+    data.with_name("elsewhere").rename(data)
+
+
+@pytest.mark.usefixtures("no_data")
+def test_a_run_keeps_its_tokenizer(run: Run, export: Path, tmp_path: Path) -> None:
+    to_hf.convert(run.folder, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (export / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.usefixtures("no_data")
 def test_a_checkpoint_alone_needs_a_tokenizer(run: Run, export: Path, tmp_path: Path) -> None:
     alone = tmp_path / "somewhere" / "step"
     shutil.copytree(run.checkpoint(STEPS), alone)
@@ -163,6 +179,45 @@ def test_shards_hold_what_one_file_holds(run: Run, export: Path, tmp_path: Path)
     assert index["metadata"]["total_size"] == sum(whole.read(name).nbytes for name in whole.names)
 
 
+def rank_measures(rank: int, world_size: int, arguments: list[str], out: Path) -> list[dict[str, Any]]:
+    """The metrics of each target of ``sinkbench measure``."""
+    os.environ |= {"HF_HOME": str(out.with_name("hub")), "HF_HUB_OFFLINE": "1"}
+    from sinkbench.cli import main
+
+    options = ["--allow-code", "--length", "16", "--count", "5", "--json", str(out), "--cache", f"{out}.d"]
+    assert main(["measure", *arguments, *options]) == 0
+    return [result["metrics"] for result in json.loads(out.read_text())["results"]]
+
+
+def test_the_export_has_the_sink_of_the_run(
+    run_distributed: RunDistributed, run: Run, export: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(line for line in CODE.splitlines() if len(line) > 60))
+    metrics = ["--metrics", "{name: sink, eps: [0.08, 0.5]}", "norms"]
+    arguments = [str(run.folder), str(export), "--prompts", str(prompts), *metrics]
+    ((of_run, of_export),) = run_distributed(1, rank_measures, arguments, tmp_path / "found.json")
+    assert_same_metrics(of_export, of_run)
+    arguments = [*arguments[1:], "--attention", "streaming"]
+    ((streamed,),) = run_distributed(1, rank_measures, arguments, tmp_path / "streamed.json")
+    assert_same_metrics(streamed, of_run)
+
+
+def test_what_queries_see_of_an_export_is_restricted(
+    run_distributed: RunDistributed, export: Path, tmp_path: Path
+) -> None:
+    windowed = tmp_path / "windowed"
+    shutil.copytree(export, windowed)
+    config = json.loads((windowed / "config.json").read_text())
+    config["plugins"]["attention"]["params"]["window"] = 6
+    (windowed / "config.json").write_text(json.dumps(config))
+    metric = "{name: streaming_perplexity, cache: 6, first: 1}"
+    arguments = [str(export), str(windowed), "--inputs", "random", "--metrics", metric]
+    ((whole, window),) = run_distributed(1, rank_measures, arguments, tmp_path / "found.json")
+    assert whole["perplexity_window"] == pytest.approx(window["perplexity_full"], rel=1e-5)
+    assert whole["perplexity_window"] != pytest.approx(whole["perplexity_full"], rel=1e-5)
+
+
 # --- memory -----------------------------------------------------------------------------------------
 
 ROWS, COLUMNS, TABLES = 2**14, 2**8, 24
@@ -172,9 +227,6 @@ TABLE_BYTES = 4 * ROWS * COLUMNS
 def rank_streams(rank: int, world_size: int, folder: Path) -> tuple[int, int]:
     """Growth of the peak memory, in bytes, by writing a checkpoint with a table in each of many layers, and
     by making shards of two tables of it."""
-    from functools import partial
-
-    from sinkbench.export.safetensors_files import Entry
     from sinkbench.export.stored import StoredTensors
 
     shape = (ROWS, COLUMNS)
@@ -344,6 +396,25 @@ def test_a_bad_model_is_one_line(
     shutil.copytree(export, model)
     spoil(model)
     refused(from_hf.main, [str(model), str(tmp_path / "made" / "out")], expected, tmp_path, capsys)
+
+
+def test_an_odd_tensor_is_one_line(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(export, model)
+    files = ModelFiles(export)
+    tensors = {name: files.read(name) for name in files.names} | {"model.router": torch.zeros(2)}
+    entries = [Entry(name, tuple(x.shape), x.dtype, partial(x.clone)) for name, x in tensors.items()]
+    write_shards(model, entries, 10**9)
+    expected = "model.router: is no tensor of an exported model; export the model again"
+    refused(from_hf.main, [str(model), str(tmp_path / "out")], expected, tmp_path, capsys)
+
+
+def test_an_export_has_the_length_of_its_recipe(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(export), str(tmp_path / "out"), "--seq-length", "32"]
+    expected = "--seq-length: an export of sinkbench keeps that of its recipe; leave it out"
+    refused(from_hf.main, arguments, expected, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("main", [to_hf.main, from_hf.main])

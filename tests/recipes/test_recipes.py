@@ -15,26 +15,13 @@ from sinkbench import plugins, recipe
 from sinkbench.config import PrepareConfig, TokenizerConfig
 from sinkbench.data.prepare import prepare_cached
 from sinkbench.recipe import Recipe
-from sinkbench.recipe_files import list_recipes, shipped_root
 from sinkbench.testing import RunDistributed
+from tests.recipes.shipped import NAMES, load
 
 STEPS = 3
 CORES = 2
 INPUTS = ["python:help"]
 VOCABULARY = 600
-
-ROOT = shipped_root()
-assert ROOT is not None
-NAMES = list_recipes(ROOT)
-BUDGET = "extends+=_base/budget/cpu_minute"
-
-
-def load(name: str) -> Recipe:
-    """With the budget, which replaces the data, but for recipes of the synthetic task."""
-    loaded = recipe.load(f"sinkbench:{name}")
-    if loaded.values["data"]["source"] == "bigram_backcopy":
-        return loaded
-    return recipe.load(f"sinkbench:{name}", [BUDGET])
 
 
 def shrink(run: Recipe, folder: Path, cache: Path) -> Recipe:

@@ -1,0 +1,178 @@
+"""Every run of every shipped recipe at the size of the budget cpu_minute: to Hugging Face and back."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from sinkbench import recipe
+from sinkbench.config import Config
+from sinkbench.data.python_text import reference_documents
+from sinkbench.data.tokenizer import train_sentencepiece
+from sinkbench.export import from_hf
+from sinkbench.export.stored import StoredTensors
+from sinkbench.recipe import Recipe
+from sinkbench.testing import RunDistributed
+from tests.distributed.export_runs import (
+    VOCABULARY,
+    Exported,
+    assert_same_metrics,
+    export_and_check,
+)
+from tests.recipes.shipped import NAMES, load
+
+pytest.importorskip("transformers")
+pytestmark = pytest.mark.timeout(3600)  # the first test of a set exports and checks all of it
+
+UNSEEN = ("init", "init_std", "backend")
+"""What an export knows nothing of, in the recipe's section on the model."""
+CAUSAL = ("causal_lm", "response_lm")
+"""Losses that leave attention as it is."""
+
+
+def shrink(run: Recipe) -> Config:
+    """Two small layers. Neither the data nor the training is ever seen by an export."""
+    values = run.values
+    values["model"] |= {"num_layers": 2, "hidden_size": 64, "seq_length": 48}
+    if values["data"]["source"] == "indexed":
+        kept = {key: values["data"][key] for key in ("transforms",) if key in values["data"]}
+        values["data"] = {"source": "indexed", "train": "unread", **kept}
+    values["optim"]["warmup_steps"] = 0
+    values["train"] |= {"steps": 1, "global_batch_size": 4, "micro_batch_size": None}
+    values["measure"] = {"every": 0}
+    values["validation"] = {"every": 0}
+    values["log"] = {"progress": False}
+    return recipe.to_config(run)
+
+
+def architecture(config: Config) -> str:
+    """Equal for runs whose exports differ in nothing but the numbers."""
+    model = {key: value for key, value in config.model.model_dump(mode="json").items() if key not in UNSEEN}
+    loss = None if config.loss.name in CAUSAL else config.loss.model_dump(mode="json")
+    return json.dumps([model, loss], sort_keys=True)
+
+
+def stem(recipe_name: str) -> str:
+    return recipe_name.removesuffix(".yaml").replace("/", "_")
+
+
+def runs() -> dict[str, Config]:
+    """By recipe and label, as a name of a Python package may be."""
+    found = {}
+    for recipe_name in NAMES:
+        for run in recipe.expand(load(recipe_name)):
+            label = run.values.get("label") or "run"
+            found[f"{stem(recipe_name)}-{label}".replace(".", "_")] = shrink(run)
+    return found
+
+
+RUNS = runs()
+
+
+def quick() -> set[str]:
+    """Of each recipe the last run whose architecture no recipe before has had; the others are checked by the
+    full tests."""
+    chosen: dict[str, str] = {}
+    for recipe_name in NAMES:
+        of_recipe = [name for name in RUNS if name.startswith(f"{stem(recipe_name)}-")]
+        new = [name for name in of_recipe if architecture(RUNS[name]) not in chosen]
+        if new:
+            chosen[architecture(RUNS[new[-1]])] = new[-1]
+    return set(chosen.values())
+
+
+QUICK = quick()
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.full, id=name) for name in RUNS]
+
+Get = Callable[[str], Exported]
+
+
+@pytest.fixture(scope="module")
+def exported(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Get]:
+    """``exported(name)``: all quick runs are made together, and so are the others."""
+    root = tmp_path_factory.mktemp("exports")
+    tokenizer = root / "tokenizer.model"
+    texts = (text for _, text in reference_documents())
+    train_sentencepiece(itertools.islice(texts, 100), VOCABULARY, tokenizer)
+    kept: dict[bool, Future[dict[str, Exported]]] = {}
+    with ThreadPoolExecutor(1) as pool:
+
+        def exported(name: str) -> Exported:
+            is_quick = name in QUICK
+            if is_quick not in kept:
+                chosen = {other: config for other, config in RUNS.items() if (other in QUICK) == is_quick}
+                folder = root / ("quick" if is_quick else "others")
+                kept[is_quick] = pool.submit(export_and_check, run_distributed, chosen, folder, tokenizer)
+            return kept[is_quick].result()[name]
+
+        yield exported
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_export_computes_the_same(name: str, exported: Get) -> None:
+    found = exported(name).found
+    assert found["class"] == expected_class(RUNS[name])
+    assert found["scale"] > 0.1
+    for key in ("logits", "padding", "cache", "checkpointing", "attentions"):
+        assert found[key] < 1e-4, f"{key}: {found[key]}"
+    assert found["slots"] is None or found["slots"] < 1e-4
+    assert (found["sdpa"] is not None) == is_plain_softmax(RUNS[name])
+    if found["sdpa"] is not None:
+        assert found["sdpa"] < 1e-4
+        assert found["sdpa_padding"] < 1e-4
+    assert found["saved_again"] == 0
+    assert found["generate"]
+
+
+def is_plain_softmax(config: Config) -> bool:
+    """Whether torch's fused softmax computes the attention."""
+    attention = config.model.attention
+    return attention.name == "softmax" and attention.params.keys() <= {"window", "combine", "sink_token"}
+
+
+def expected_class(config: Config) -> str:
+    model = config.model
+    llama = (
+        is_plain_softmax(config)
+        and not attention_params(config) - {"window"}
+        and (model.ffn, model.positional.name, model.normalization.name) == ("swiglu", "rope", "rmsnorm")
+        and "location" not in model.normalization.params
+        and config.loss.name in CAUSAL
+    )
+    if not llama:
+        return "SinkbenchForCausalLM"
+    return "MistralForCausalLM" if "window" in attention_params(config) else "LlamaForCausalLM"
+
+
+def attention_params(config: Config) -> set[str]:
+    return set(config.model.attention.params)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_sink_of_the_export_is_that_of_the_run(name: str, exported: Get) -> None:
+    one = exported(name)
+    assert_same_metrics(one.of_export, one.of_run)
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_back_to_a_checkpoint_is_bitwise(name: str, exported: Get, tmp_path: Path) -> None:
+    one = exported(name)
+    from_hf.convert(str(one.export), tmp_path / "back")
+    before, after = StoredTensors(one.checkpoint), StoredTensors(tmp_path / "back")
+    assert before.tensors == after.tensors
+    for tensor, stored in before.tensors.items():
+        layers = range(stored.shape[0]) if tensor.startswith("decoder.layers.") else [None]
+        assert all(torch.equal(before.read(tensor, i), after.read(tensor, i)) for i in layers), tensor
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_layout_of_the_checkpoint_does_not_matter(name: str, exported: Get) -> None:
+    one = exported(name)
+    weights = [folder / "model.safetensors" for folder in (one.export, one.elsewhere)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
