@@ -97,7 +97,7 @@ def attend(problem: Problem) -> Tensor:
         ]
         output = torch.cat(parts, 2)
     bias = p.spec.output_bias
-    return output if bias is None else output + _per_head(p.parameters[bias]).to(output.dtype)
+    return output if bias is None else output + per_head(p.parameters[bias]).to(output.dtype)
 
 
 def _mapped(p: Problem) -> Problem:
@@ -120,7 +120,7 @@ def _attend_block(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> Tensor:
     output = _times_kv(weight.to(p.value_bgkd.dtype), p.value_bgkd)
     if slot is None or p.spec.extra_slot is None or p.spec.extra_slot.value is None:
         return output
-    return output + slot.to(output.dtype)[..., None] * _slot_value(p).to(output.dtype)
+    return output + slot.to(output.dtype)[..., None] * slot_value(p).to(output.dtype)
 
 
 def _weights(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -134,7 +134,7 @@ def _weights(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> tuple[Tensor
     slot = p.spec.extra_slot
     if slot is None:
         return p.spec.output_scale * _rule(p, score, allowed), None
-    slot_score = _products(p, query_bhqd, _per_kv_head(p, p.parameters[slot.key]).to(query_bhqd.dtype))
+    slot_score = _products(p, query_bhqd, per_kv_head(p, p.parameters[slot.key]).to(query_bhqd.dtype))
     allowed = torch.cat([allowed, allowed.new_ones(allowed.shape[0], 1)], -1)
     weight = p.spec.output_scale * _rule(p, torch.cat([score, slot_score], -1), allowed)
     return weight[..., :-1], weight[..., -1]
@@ -144,7 +144,7 @@ def _products(p: Problem, query_bhqd: Tensor, key_bgkd: Tensor) -> Tensor:
     """scale q.k + bias. The product has the inputs' dtype, the result is float32 at least."""
     score = _times_kv(query_bhqd, key_bgkd.transpose(-1, -2))
     score = score.to(torch.promote_types(score.dtype, torch.float32)) * p.scale
-    bias = _parameter_or_constant(p, p.spec.score_bias, score)
+    bias = parameter_or_constant(p, p.spec.score_bias, score)
     return score if bias is None else score + bias
 
 
@@ -152,7 +152,7 @@ def _rule(p: Problem, score: Tensor, allowed: Tensor) -> Tensor:
     rule = p.spec.rule
     if isinstance(rule, Softmax):
         score = score.masked_fill(~allowed, float("-inf"))
-        sink = _parameter_or_constant(p, rule.sink_logit, score)
+        sink = parameter_or_constant(p, rule.sink_logit, score)
         if sink is None:
             return score.softmax(-1)
         return torch.cat([score, sink.expand(*score.shape[:-1], 1)], -1).softmax(-1)[..., :-1]
@@ -172,7 +172,7 @@ def _times_kv(left_bhqx: Tensor, right_bgxy: Tensor) -> Tensor:
     return (grouped @ right_bgxy.unsqueeze(2)).flatten(1, 2)
 
 
-def _parameter_or_constant(p: Problem, value: float | str | None, like: Tensor) -> Tensor | None:
+def parameter_or_constant(p: Problem, value: float | str | None, like: Tensor) -> Tensor | None:
     """A value per head as [h, 1, 1], in the dtype of the scores."""
     if value is None:
         return None
@@ -181,24 +181,24 @@ def _parameter_or_constant(p: Problem, value: float | str | None, like: Tensor) 
     return like.new_full((like.shape[1], 1, 1), value)
 
 
-def _per_kv_head(p: Problem, parameter: Tensor) -> Tensor:
+def per_kv_head(p: Problem, parameter: Tensor) -> Tensor:
     """[1, g, 1, d] from [g, d], or from [d] for one that all heads share."""
     groups = p.key_bgkd.shape[1]
     return parameter.expand(groups, parameter.shape[-1])[None, :, None, :]
 
 
-def _per_head(parameter: Tensor) -> Tensor:
+def per_head(parameter: Tensor) -> Tensor:
     """[h, 1, d] or [1, d] against [b, h, q, d]."""
     return parameter[:, None, :] if parameter.dim() == 2 else parameter
 
 
-def _slot_value(p: Problem) -> Tensor:
+def slot_value(p: Problem) -> Tensor:
     """The extra slot's value for every head, broadcastable to [b, h, q, d]."""
     assert p.spec.extra_slot is not None
     value = p.spec.extra_slot.value
     if not isinstance(value, str):
         return p.value_bgkd.new_tensor(value)
-    per_group = _per_kv_head(p, p.parameters[value])
+    per_group = per_kv_head(p, p.parameters[value])
     return per_group.repeat_interleave(p.query_bhqd.shape[1] // per_group.shape[1], 1)
 
 

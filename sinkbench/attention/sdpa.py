@@ -1,35 +1,63 @@
-"""Softmax attention by torch's scaled_dot_product_attention."""
+"""Softmax attention by torch's fused kernels.
+
+An extra slot and a sink logit are one more term each in the sum of the softmax. Where the mask is causal they
+join it afterwards, through the log-sum-exp of the rows; else they are one more key each.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
+import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sinkbench.api import AttentionSpec, Softmax
-from sinkbench.attention.reference import Problem, allowed_qk
+from sinkbench.attention.flash import causal_attention, gated, has_kernel
+from sinkbench.attention.reference import (
+    Problem,
+    allowed_qk,
+    parameter_or_constant,
+    per_head,
+    per_kv_head,
+    slot_value,
+)
 
 
 def missing(spec: AttentionSpec) -> list[str]:
     """What a declaration asks for that the fused softmax cannot do; empty if it can."""
     lacks = {
         "a similarity other than softmax": not isinstance(spec.rule, Softmax),
-        "a sink logit": isinstance(spec.rule, Softmax) and spec.rule.sink_logit is not None,
         "a feature map": spec.feature_map is not None,
-        "an extra slot": spec.extra_slot is not None,
-        "an output scale or bias": spec.output_scale != 1.0 or spec.output_bias is not None,
     }
     return [what for what, wanted in lacks.items() if wanted]
 
 
 def run(p: Problem) -> Tensor:
-    """O [b, h, q, d]. A score bias that is the same for all keys leaves a softmax as it is, so it is not
-    computed."""
+    """O [b, h, q, d]. A score bias that is the same for all keys leaves a plain softmax as it is, so it is
+    not computed there."""
+    assert isinstance(p.spec.rule, Softmax)
     causal = p.aligned and p.spec.window is None and not p.prefix and p.position_bias is None
-    mask = None if causal else _mask(p)
+    more = p.spec.extra_slot is not None or p.spec.rule.sink_logit is not None
+    if more and causal and has_kernel(p.query_bhqd):
+        output = _causal_with_more(p)
+    elif more:
+        output = _masked_with_more(p)
+    else:
+        mask = None if causal else _mask(p)
+        output = _attend(p, p.key_bgkd, p.value_bgkd, mask, causal)
+    if p.spec.output_scale != 1.0:
+        output = output * p.spec.output_scale
+    bias = p.spec.output_bias
+    return output if bias is None else output + per_head(p.parameters[bias]).to(output.dtype)
+
+
+def _attend(p: Problem, key_bgkd: Tensor, value_bgkd: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     return scaled_dot_product_attention(
         p.query_bhqd,
-        p.key_bgkd,
-        p.value_bgkd,
+        key_bgkd,
+        value_bgkd,
         attn_mask=mask,
         is_causal=causal,
         scale=p.scale,
@@ -45,3 +73,65 @@ def _mask(p: Problem) -> Tensor:
     distance = p.position_q[:, None] - p.position_k[None, :]
     bias = p.position_bias.function(distance, p.heads, p.position_parameters)
     return bias.masked_fill(~allowed, float("-inf")).to(p.query_bhqd.dtype)[None]
+
+
+def _causal_with_more(p: Problem) -> Tensor:
+    per_group = p.query_bhqd.shape[1] // p.key_bgkd.shape[1]
+    key, value = (x.repeat_interleave(per_group, 1) for x in (p.key_bgkd, p.value_bgkd))
+    output, lse = causal_attention(p.query_bhqd, key, value, p.scale)
+    slot, slot_score, value_of_slot = p.spec.extra_slot, None, None
+    if slot is not None:
+        slot_key = per_kv_head(p, p.parameters[slot.key]).repeat_interleave(per_group, 1)
+        slot_score = (p.query_bhqd.to(lse.dtype) * slot_key.to(lse.dtype)).sum(-1) * p.scale
+        value_of_slot = None if slot.value is None else slot_value(p)
+    combine = _compiled_gate() if output.is_cuda else gated
+    result: Tensor = combine(output, lse, slot_score, value_of_slot, _sink_logit(p, lse))
+    return result
+
+
+@cache
+def _compiled_gate() -> Callable[..., Tensor]:
+    return torch.compile(gated)
+
+
+def _sink_logit(p: Problem, like: Tensor) -> Tensor | None:
+    """[h, 1]. A bias on all scores is the same as its negative on the logit."""
+    assert isinstance(p.spec.rule, Softmax)
+    logit = parameter_or_constant(p, p.spec.rule.sink_logit, like)
+    if logit is None:
+        return None
+    bias = parameter_or_constant(p, p.spec.score_bias, like)
+    return (logit if bias is None else logit - bias)[..., 0]
+
+
+def _masked_with_more(p: Problem) -> Tensor:
+    """The slot and the sink as keys in front of the others."""
+    batch, groups, _, size = p.key_bgkd.shape
+    heads, length = p.query_bhqd.shape[1:3]
+    nothing = p.key_bgkd.new_zeros(batch, groups, 1, size)
+    keys, values, scores = [], [], []
+    if (slot := p.spec.extra_slot) is not None:
+        keys.append(per_kv_head(p, p.parameters[slot.key]).to(nothing.dtype).expand_as(nothing))
+        values.append(_slot_value_per_group(p).to(nothing.dtype).expand_as(nothing))
+        scores.append(p.query_bhqd.new_zeros(heads, 1))
+    if (logit := _sink_logit(p, p.query_bhqd)) is not None:
+        keys.append(nothing)
+        values.append(nothing)
+        scores.append(logit)
+    mask = _mask(p)
+    if mask.dtype == torch.bool:
+        mask = p.query_bhqd.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))[None, None]
+    first = torch.cat(scores, -1)[None, :, None].expand(-1, -1, length, -1)
+    mask = torch.cat([first, mask.expand(-1, heads, -1, -1)], -1)
+    return _attend(p, torch.cat([*keys, p.key_bgkd], 2), torch.cat([*values, p.value_bgkd], 2), mask, False)
+
+
+def _slot_value_per_group(p: Problem) -> Tensor:
+    """Broadcastable to [b, g, 1, d]."""
+    assert p.spec.extra_slot is not None
+    value = p.spec.extra_slot.value
+    if value is None:
+        return p.value_bgkd.new_zeros(())
+    if isinstance(value, str):
+        return per_kv_head(p, p.parameters[value])
+    return p.value_bgkd.new_tensor(value)

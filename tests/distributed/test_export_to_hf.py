@@ -92,7 +92,7 @@ def test_export_computes_the_same(name: str, checked: dict[str, dict[str, Any]])
 
 @pytest.mark.parametrize("name", CASES)
 def test_fused_softmax_is_offered_where_it_is_exact(name: str, checked: dict[str, dict[str, Any]]) -> None:
-    exact = name not in ("sigmoid", "slot_window_t5", "kernel_alibi")
+    exact = name not in ("sigmoid", "kernel_alibi")
     assert (checked[name]["sdpa"] is not None) == exact
     if exact:
         assert checked[name]["sdpa"] < 1e-4

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from sinkbench import plugins, recipe
-from sinkbench.api import AttentionSpec, Elementwise, ParameterSpec, ScoreBias, Softmax
-from sinkbench.attention import backends, reference
+from sinkbench.api import AttentionSpec, Elementwise, ExtraSlot, ParameterSpec, ScoreBias, Softmax
+from sinkbench.attention import backends, reference, sdpa
 from sinkbench.attention.backends import Use
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
@@ -230,18 +230,103 @@ SDPA_PROBLEMS: dict[str, Callable[[Problem], Problem]] = {
 }
 
 
+PER_KV_HEAD = ParameterSpec(shape=("kv_heads", "head_size"), std=1.0)
+SHARED = ParameterSpec(shape=("head_size",), std=1.0)
+PER_HEAD = ParameterSpec(shape=("heads",), mean=1.0, std=1.0)
+SOFTMAX_SPECS: dict[str, AttentionSpec] = {
+    "plain": AttentionSpec(rule=Softmax()),
+    "scaled": AttentionSpec(
+        rule=Softmax(),
+        output_scale=0.3,
+        output_bias="bias",
+        parameters={"bias": ParameterSpec(shape=("heads", "head_size"), std=1.0)},
+    ),
+    "off by one": AttentionSpec(rule=Softmax(sink_logit=0.0)),
+    "sink logit and biased scores": AttentionSpec(
+        rule=Softmax(sink_logit="logit"), score_bias="bias", parameters={"logit": PER_HEAD, "bias": PER_HEAD}
+    ),
+    "slot": AttentionSpec(
+        rule=Softmax(),
+        extra_slot=ExtraSlot(key="key", value="value"),
+        parameters={"key": PER_KV_HEAD, "value": PER_KV_HEAD},
+    ),
+    "shared slot of value zero, and a sink logit": AttentionSpec(
+        rule=Softmax(sink_logit="logit"),
+        extra_slot=ExtraSlot(key="key"),
+        parameters={"key": SHARED, "logit": PER_HEAD},
+    ),
+    "slot of a fixed value": AttentionSpec(
+        rule=Softmax(),
+        extra_slot=ExtraSlot(key="key", value=(2.0,) * HEAD_SIZE),
+        parameters={"key": PER_KV_HEAD},
+    ),
+}
+
+
+def with_parameters(problem: Problem) -> Problem:
+    """Random values of the declared parameters."""
+    sizes = {"heads": HEADS, "kv_heads": problem.key_bgkd.shape[1], "head_size": HEAD_SIZE}
+    generator = torch.Generator().manual_seed(1)
+    values = {}
+    for name, declaration in problem.spec.parameters.items():
+        shape = [sizes[size] if isinstance(size, str) else size for size in declaration.shape]
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        x = (declaration.mean + declaration.std * x).to(problem.query_bhqd.dtype)
+        values[name] = x.requires_grad_()
+    return replace(problem, parameters=values)
+
+
 @pytest.mark.parametrize("kv_heads", [HEADS, 2])
 @pytest.mark.parametrize("name", SDPA_PROBLEMS)
-def test_sdpa_equals_eager(name: str, kv_heads: int) -> None:
-    problem = SDPA_PROBLEMS[name](make_problem(AttentionSpec(rule=Softmax()), kv_heads=kv_heads))
-    sdpa = backends.choose(problem.spec, ON_CPU, "auto")
-    eager = backends.choose(problem.spec, ON_CPU, "eager")
-    assert (sdpa.name, eager.name) == ("sdpa", "eager")
-    output, expected = sdpa.run(problem), eager.run(problem)
-    assert_close(output, expected)
-    pairs = zip(gradients(output, tensors(problem)), gradients(expected, tensors(problem)), strict=True)
-    for actual, wanted in pairs:
-        assert_close(actual, wanted)
+@pytest.mark.parametrize("variant", SOFTMAX_SPECS)
+def test_sdpa_equals_eager(variant: str, name: str, kv_heads: int) -> None:
+    whole = with_parameters(make_problem(SOFTMAX_SPECS[variant], kv_heads=kv_heads, dtype=torch.float64))
+    problem = SDPA_PROBLEMS[name](whole)
+    chosen = backends.choose(problem.spec, ON_CPU, "auto")
+    assert chosen.name == "sdpa"
+    output, expected = chosen.run(problem), reference.attend(problem)
+    assert_close(output, expected, 1e-10)
+    replaced = {"bias"} if problem.spec.score_bias == 2.0 and problem.spec.output_bias is None else set()
+    used = [value for key, value in problem.parameters.items() if key not in replaced]
+    inputs = [*tensors(problem), *used]
+    for actual, wanted in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+        assert_close(actual, wanted, 1e-9)
+
+
+@pytest.mark.parametrize("variant", ["sink logit and biased scores", "slot"])
+def test_sdpa_in_bf16(variant: str) -> None:
+    problem = with_parameters(make_problem(SOFTMAX_SPECS[variant], kv_heads=2, dtype=torch.bfloat16))
+    inputs = [*tensors(problem), *problem.parameters.values()]
+    wide = [x.detach().double().requires_grad_() for x in inputs]
+    exact = replace(
+        problem,
+        query_bhqd=wide[0],
+        key_bgkd=wide[1],
+        value_bgkd=wide[2],
+        parameters=dict(zip(problem.parameters, wide[3:], strict=True)),
+    )
+    output, expected = sdpa.run(problem), reference.attend(exact)
+    found = [output, *gradients(output, inputs)]
+    for actual, wanted in zip(found, [expected, *gradients(expected, wide)], strict=True):
+        assert actual is not None
+        assert wanted is not None
+        assert (actual.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-3, 1e4])
+@pytest.mark.parametrize("logit", [-20.0, 20.0])
+def test_a_sink_of_any_size(scale: float, logit: float) -> None:
+    """All weight on the sink, none on it, scores that are all alike or that differ by thousands."""
+    spec = AttentionSpec(rule=Softmax(sink_logit="logit"), parameters={"logit": PER_HEAD})
+    problem = replace(make_problem(spec, dtype=torch.float64), scale=scale)
+    sink = torch.full((HEADS,), logit, dtype=torch.float64, requires_grad=True)
+    problem = replace(problem, parameters={"logit": sink})
+    output, expected = sdpa.run(problem), reference.attend(problem)
+    assert_close(output, expected, 1e-10)
+    inputs = [*tensors(problem), sink]
+    for actual, wanted in zip(gradients(output, inputs), gradients(expected, inputs), strict=True):
+        assert torch.isfinite(actual).all()
+        assert_close(actual, wanted, 1e-9)
 
 
 def test_queries_of_any_positions() -> None:
@@ -269,7 +354,7 @@ def test_prefix_sees_itself() -> None:
     ("attention", "lack"),
     [
         ("{name: sigmoid, normalize: false}", "a similarity other than softmax"),
-        ("softmax_off_by_one", "a sink logit"),
+        ("kernel_elu", "a similarity other than softmax or a feature map"),
     ],
 )
 def test_backend_that_cannot(attention: str, lack: str) -> None:
