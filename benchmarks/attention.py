@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from triton.testing import do_bench_cudagraph
 
-from sinkbench.api import AttentionSpec
+from sinkbench.api import AttentionSpec, ParameterSpec
 from sinkbench.attention.backends import BACKENDS, Use
 from sinkbench.attention.reference import Problem
 from sinkbench.config import Config
@@ -28,6 +28,12 @@ SHAPES = [(16, 8, 2048, 96), (4, 16, 2048, 128), (1, 16, 16384, 128)]
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "softmax": ("softmax", {}),
+    "off by one": ("softmax_off_by_one", {}),
+    "softmax, sink logit": ("softmax", {"sink_logit": "learned"}),
+    "softmax, KV bias": ("softmax", {"kv_bias": "kv"}),
+    "softmax, K bias": ("softmax", {"kv_bias": "k"}),
+    "softmax, V bias": ("softmax", {"kv_bias": "v"}),
+    "softmax, window 128": ("softmax", {"window": 128}),
     "sigmoid, unnormalised": ("sigmoid", {"normalize": False}),
     "sigmoid, normalised": ("sigmoid", {"normalize": True}),
     "sigmoid, learned bias": ("sigmoid", {"normalize": False, "bias": "learned"}),
@@ -73,6 +79,12 @@ def problem(spec: AttentionSpec, batch: int, heads: int, length: int, head_size:
         x = torch.randn(length, batch, heads, head_size, device="cuda", dtype=torch.bfloat16)
         return x.permute(1, 2, 0, 3).requires_grad_()
 
+    def parameter(declared: ParameterSpec) -> torch.Tensor:
+        sizes = {"heads": heads, "kv_heads": heads, "head_size": head_size}
+        shape = [sizes[size] if isinstance(size, str) else size for size in declared.shape]
+        x = torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+        return x.normal_(declared.mean, declared.std).requires_grad_()
+
     position = torch.arange(length, device="cuda")
     return Problem(
         spec=spec,
@@ -84,13 +96,13 @@ def problem(spec: AttentionSpec, batch: int, heads: int, length: int, head_size:
         aligned=True,
         scale=head_size**-0.5,
         heads=torch.arange(heads, device="cuda"),
-        parameters={name: torch.zeros(heads, device="cuda") for name in spec.parameters},
+        parameters={name: parameter(declared) for name, declared in spec.parameters.items()},
     )
 
 
 def times(run: Callable[[Problem], torch.Tensor], p: Problem) -> tuple[float, float, float]:
     """Forward ms, forward and backward ms, peak GiB beyond the inputs."""
-    inputs = (p.query_bhqd, p.key_bgkd, p.value_bgkd)
+    inputs = (p.query_bhqd, p.key_bgkd, p.value_bgkd, *p.parameters.values())
     grad = torch.randn_like(p.query_bhqd)
 
     def both() -> None:
