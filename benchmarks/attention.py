@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from triton.testing import do_bench_cudagraph
 
-from sinkbench.api import AttentionSpec, ParameterSpec
+from sinkbench.api import AttentionSpec, BuildContext, ParameterSpec
 from sinkbench.attention.backends import BACKENDS, Use
 from sinkbench.attention.reference import Problem
 from sinkbench.config import Config
-from sinkbench.model import BuildContext
 from sinkbench.plugins import discover
 
 SHAPES = [(16, 8, 2048, 96), (4, 16, 2048, 128), (1, 16, 16384, 128)]
