@@ -28,6 +28,7 @@ FIRST_SAVE_S = 30.0
 """What a save is taken to last until one has been seen, unless the limit itself is short."""
 SAFETY = 1.5
 """By how much the next step and save may take longer than the longest so far."""
+_NO_SIGNAL = 0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -68,8 +69,9 @@ class Request:
         if not self._before:
             return
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writing)  # ends the thread
+        os.write(self._writing, bytes([_NO_SIGNAL]))  # ends the thread
         self._thread.join()
+        os.close(self._writing)
         # Once the run has been stopped, torchrun ends ranks that are about to leave by themselves.
         _restore(dict.fromkeys(self._before, signal.SIG_IGN) if self.signal else self._before)
 
@@ -83,9 +85,9 @@ class Request:
         self._thread.start()
 
     def _read(self, pipe: int) -> None:
-        while number := os.read(pipe, 1):
-            if number[0] in SIGNALS:
-                self._received(signal.Signals(number[0]))
+        while (number := os.read(pipe, 1)[0]) != _NO_SIGNAL:
+            if number in SIGNALS:
+                self._received(signal.Signals(number))
         os.close(pipe)
 
     def _received(self, number: signal.Signals) -> None:
