@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 SMOLLM2 := $(VENV)/smollm2
 TRANSFORMERS := $(foreach version,4.57 5.24,$(VENV)/transformers-$(version))
 
-.PHONY: install demo test test-full test-transformers check clean
+.PHONY: install demo docs test test-full test-transformers check clean
 
 install: $(STAMP)
 
@@ -23,8 +23,12 @@ demo: install
 	$(BIN)/sinkbench sweep recipes/demo_sweep.yaml
 	$(BIN)/sinkbench report runs/demo -o runs/demo/report.html
 
-# The static checks: style, types, and who may import whom.
-check: install
+# The documentation, in build/site; a link or a reference that leads nowhere is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The static checks: style, types, who may import whom, and the documentation.
+check: docs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy

@@ -383,8 +383,11 @@ class WandbConfig(Section):
 
 class Config(Section):
     name: str = Field(min_length=1, max_length=MAX_NAME, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """of the run; its folder is output_dir/name."""
     output_dir: FolderPath = "runs"
+    """where runs have their folders."""
     seed: Seed = 1234
+    """of initial weights, and of the order of the data."""
     label: (
         Annotated[
             str,
