@@ -98,7 +98,7 @@ def _check_memory(config: Config) -> None:
     needed = share * LEAST_BYTES * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     there = psutil.virtual_memory().total
     if needed > there:
-        problem = (
-            f"{count:,} parameters need {needed / 1e9:,.0f} GB on this host, which has {there / 1e9:,.0f}"
-        )
+        sizes = f"num_layers {config.model.num_layers} and hidden_size {config.model.hidden_size}"
+        problem = f"{sizes} make {count:,} parameters, which need {needed / 1e9:,.0f} GB of memory, "
+        problem += f"and {there / 1e9:,.0f} GB are here"
         raise HostError("model", problem, "lower its sizes, or use more hosts")

@@ -139,6 +139,8 @@ class _Reader:
                 key = _string(key_node.value)
             except ValueError as e:
                 raise self.error(key_node, path, str(e), "write another key") from None
+            if not key:
+                raise self.error(key_node, path, "a key is empty", "write key: value")
             inner = f"{path}.{key}" if path else key
             if key in values:
                 problem = f"the key is given twice, first in line {first[key]}"

@@ -30,7 +30,10 @@ scalars = (
     | st.from_regex(r"\A([-+.0-9eExXobn~:_ ]{1,6}|yes|No|ON|null|1e-3|=|<<)\Z")
 )
 trees = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text("abx-10"), inner, max_size=4)
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text("abx-10", min_size=1), inner, max_size=4)
+    ),
 )
 
 
