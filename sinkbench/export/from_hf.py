@@ -17,7 +17,7 @@ from sinkbench import plugins, recipe
 from sinkbench.checkpoint import RECIPE, write_info
 from sinkbench.checksums import FileSum, hash_file
 from sinkbench.command import Parser, run_command
-from sinkbench.config import Config, padded_vocab_size
+from sinkbench.config import BigramBackcopyConfig, Config, IndexedConfig, padded_vocab_size
 from sinkbench.data.run_tokenizer import FOLDER
 from sinkbench.data.tokenizer import copy_tokenizer, load_tokenizer
 from sinkbench.errors import CheckpointError, SinkbenchError
@@ -309,7 +309,14 @@ def _run(arguments: argparse.Namespace) -> None:
         seq_length=arguments.seq_length,
         tokenizer=arguments.tokenizer,
     )
-    data = config.data
-    source = data.source if data.source == "bigram_backcopy" else "the documentation of Python"
-    print(f"{arguments.out}: train it with `python -m sinkbench.pretrain {arguments.out}/recipe.yaml`;")
-    print(f"the recipe's data is {source}: set data.train to yours")
+    print(f"{arguments.out}: train it with `python -m sinkbench.pretrain {arguments.out}/recipe.yaml`")
+    print(f"it trains on {_data_line(config.data)}")
+
+
+def _data_line(data: BigramBackcopyConfig | IndexedConfig) -> str:
+    """What the recipe trains on, and which override changes that."""
+    if isinstance(data, BigramBackcopyConfig):
+        return "a synthetic task: set 'data={source: indexed, train: FOLDER}'"
+    if data.prepare is not None:
+        return f"{', '.join(data.prepare.inputs)}: set 'data.prepare.inputs=[TEXTS]'"
+    return f"{', '.join(entry.path for entry in data.train)}: set data.train=FOLDER"
