@@ -18,6 +18,8 @@ import torch
 from sinkbench import plugins, recipe, recipe_yaml
 from sinkbench.api import LayerCapture, Observation
 from sinkbench.config import BigramBackcopyConfig, Config, MeasureConfig
+from sinkbench.export import from_hf
+from sinkbench.export.stored import LAYERS, StoredTensors
 from sinkbench.testing import RunDistributed
 from tests.distributed.exports import check_exports, disturb, logits_of, probe_tokens, save
 
@@ -36,6 +38,17 @@ COUNT, LENGTH = 6, 16
 """Sequences that the sink is measured on, and their tokens."""
 
 Tokens = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """Attributes:
+    tokenizer: of models that are not of the synthetic task.
+    shard_bytes: of the exports' files.
+    """
+
+    tokenizer: Path | None = None
+    shard_bytes: int = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +73,7 @@ class Exported:
 
 
 def export_and_check(
-    run_distributed: RunDistributed, configs: Mapping[str, Config], root: Path, tokenizer: Path | None = None
+    run_distributed: RunDistributed, configs: Mapping[str, Config], root: Path, how: How
 ) -> dict[str, Exported]:
     """Writes and exports a model with random weights for each recipe, by name, and looks at the exports from
     a process that has transformers alone. A part of them on each core at a time."""
@@ -70,7 +83,7 @@ def export_and_check(
         futures = []
         for number in range(count):
             part = {name: configs[name] for name in names[number::count]}
-            futures.append(pool.submit(_export_part, run_distributed, part, root / str(number), tokenizer))
+            futures.append(pool.submit(_export_part, run_distributed, part, root / str(number), how))
         found: dict[str, Exported] = {}
         for future in futures:
             found |= future.result()
@@ -78,16 +91,14 @@ def export_and_check(
 
 
 def _export_part(
-    run_distributed: RunDistributed, configs: Mapping[str, Config], root: Path, tokenizer: Path | None
+    run_distributed: RunDistributed, configs: Mapping[str, Config], root: Path, how: How
 ) -> dict[str, Exported]:
     one, other = root / "one_process", root / "other_layout"
     run_distributed(1, rank_writes, configs, one, timeout=LIMIT_S)
-    (opened,) = run_distributed(
-        1, rank_exports, list(configs), one, tokenizer, root / "cache", timeout=LIMIT_S
-    )
+    (opened,) = run_distributed(1, rank_exports, list(configs), one, how, root / "cache", timeout=LIMIT_S)
     tokens = {name: tokens for name, (tokens, _) in opened.items()}
     measured, *_ = run_distributed(4, rank_writes_again, configs, one, other, tokens, timeout=LIMIT_S)
-    run_distributed(1, rank_converts, list(configs), other, tokenizer, timeout=LIMIT_S)
+    run_distributed(1, rank_converts, list(configs), other, how, timeout=LIMIT_S)
     found = check_exports([one / name / "model" / name for name in configs], root / "cache")
     return {
         name: Exported(
@@ -140,12 +151,12 @@ class Kept:
 
 
 def rank_exports(
-    rank: int, world_size: int, names: Sequence[str], root: Path, tokenizer: Path | None, cache: Path
+    rank: int, world_size: int, names: Sequence[str], root: Path, how: How, cache: Path
 ) -> dict[str, tuple[Tokens, dict[str, Any]]]:
     """Exports each checkpoint to ROOT/NAME/model/NAME and measures the export. By name the random tokens
     [COUNT, LENGTH] and the metrics."""
     os.environ |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
-    rank_converts(rank, world_size, names, root, tokenizer)
+    rank_converts(rank, world_size, names, root, how)
     from sinkbench.measure.hf import measure_open_model
     from sinkbench.measure.hf_load import Trust, find_place, open_model
     from sinkbench.measure.inputs import random_tokens
@@ -163,9 +174,7 @@ def rank_exports(
     return found
 
 
-def rank_converts(
-    rank: int, world_size: int, names: Sequence[str], root: Path, tokenizer: Path | None
-) -> None:
+def rank_converts(rank: int, world_size: int, names: Sequence[str], root: Path, how: How) -> None:
     """Exports each checkpoint to ROOT/NAME/model/NAME: transformers caches source by the last name."""
     from sinkbench.export import to_hf
 
@@ -173,7 +182,12 @@ def rank_converts(
         config = recipe.to_config(recipe.load(root / name / "step_0" / "recipe.yaml"))
         synthetic = isinstance(config.data, BigramBackcopyConfig)
         export = root / name / "model" / name
-        to_hf.convert(root / name / "step_0", export, tokenizer=None if synthetic else tokenizer)
+        to_hf.convert(
+            root / name / "step_0",
+            export,
+            tokenizer=None if synthetic else how.tokenizer,
+            shard_bytes=how.shard_bytes,
+        )
         if (root / name / "expected.pt").exists():
             (root / name / "expected.pt").rename(export / "expected.pt")
 
@@ -236,3 +250,34 @@ def assert_same_metrics(found: Mapping[str, Any], expected: Mapping[str, Any]) -
 
         pair = torch.tensor(found[key]), torch.tensor(value)
         torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4, equal_nan=True, msg=named)
+
+
+def assert_computes_the_same(one: Exported) -> None:
+    """Logits, attention weights, gradients and generated tokens, however it is loaded, cached and padded."""
+    found = one.found
+    assert found["scale"] > 0.1
+    for key in ("logits", "padding", "cache", "checkpointing", "attentions"):
+        assert found[key] < 1e-4, f"{key}: {found[key]}"
+    assert found["slots"] is None or found["slots"] < 1e-4
+    if found["sdpa"] is not None:
+        assert found["sdpa"] < 1e-4
+        assert found["sdpa_padding"] < 1e-4
+    assert found["saved_again"] == 0
+    assert found["generate"]
+
+
+def assert_comes_back(one: Exported, folder: Path) -> None:
+    """To a new folder, as the checkpoint that it is of, bit for bit."""
+    from_hf.convert(str(one.export), folder)
+    before, after = StoredTensors(one.checkpoint), StoredTensors(folder)
+    assert before.tensors == after.tensors
+    for tensor, stored in before.tensors.items():
+        layers = range(stored.shape[0]) if tensor.startswith(LAYERS) else [None]
+        assert all(torch.equal(before.read(tensor, i), after.read(tensor, i)) for i in layers), tensor
+
+
+def assert_layout_does_not_matter(one: Exported) -> None:
+    """The same files come of checkpoints that different processes wrote."""
+    files, others = (sorted(folder.glob("*.safetensors")) for folder in (one.export, one.elsewhere))
+    assert [path.name for path in files] == [path.name for path in others]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(files, others, strict=True))

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from sinkbench.export import from_hf, to_hf
-from sinkbench.export.stored import StoredTensors
 from sinkbench.testing import RunDistributed
-from tests.distributed.exports import LLAMA, SMALL, check_exports, probe_tokens, rank_writes
+from tests.distributed.export_runs import (
+    Exported,
+    How,
+    assert_comes_back,
+    assert_computes_the_same,
+    assert_layout_does_not_matter,
+    assert_same_metrics,
+    export_and_check,
+)
+from tests.distributed.exports import LLAMA, SMALL
+from tests.distributed.runs import prepare
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.timeout(900)  # the fixture exports and checks every case
@@ -56,74 +62,50 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 
-IN_SHARDS = ("qwen2", "sigmoid")
-"""Exported as many small files and their index."""
-
 
 @pytest.fixture(scope="module")
-def checked(
+def exported(
     run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, Any]]:
-    """What the other process finds for each case, and each case's folders."""
+) -> dict[str, Exported]:
+    """Each case, exported as several small files and their index."""
+    configs = {name: prepare([*SMALL, *overrides])[0] for name, (_, overrides) in CASES.items()}
     root = tmp_path_factory.mktemp("exports")
-    exports = {name: root / "export" / f"{name}_model" for name in CASES}
-    for name, (_, overrides) in CASES.items():
-        run = root / name
-        (logits,) = run_distributed(1, rank_writes, [*SMALL, *overrides], run, None)
-        to_hf.convert(run / "step_0", exports[name], shard_bytes=20_000 if name in IN_SHARDS else 10**9)
-        torch.save({"tokens": probe_tokens(), "logits": logits}, exports[name] / "expected.pt")
-    found = check_exports(list(exports.values()), root / "cache")
-    return {
-        name: {**found[str(export)], "export": export, "run": root / name} for name, export in exports.items()
-    }
+    return export_and_check(run_distributed, configs, root, How(shard_bytes=20_000))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_export_computes_the_same(name: str, checked: dict[str, dict[str, Any]]) -> None:
-    found = checked[name]
-    assert found["class"] == CASES[name][0]
-    assert found["scale"] > 0.1
-    for key in ("logits", "padding", "cache", "checkpointing"):
-        assert found[key] < 1e-4, f"{key}: {found[key]}"
-    assert found["saved_again"] == 0
-    assert found["generate"]
-    assert (checked[name]["export"] / "model.safetensors.index.json").exists() == (name in IN_SHARDS)
+def test_export_computes_the_same(name: str, exported: dict[str, Exported]) -> None:
+    one = exported[name]
+    assert one.found["class"] == CASES[name][0]
+    assert len(list(one.export.glob("model-*.safetensors"))) > 1
+    assert_computes_the_same(one)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_fused_softmax_is_offered_where_it_is_exact(name: str, checked: dict[str, dict[str, Any]]) -> None:
+def test_fused_softmax_is_offered_where_it_is_exact(name: str, exported: dict[str, Exported]) -> None:
     exact = name not in ("sigmoid", "kernel_alibi")
-    assert (checked[name]["sdpa"] is not None) == exact
-    if exact:
-        assert checked[name]["sdpa"] < 1e-4
-        assert checked[name]["sdpa_padding"] < 1e-4
+    assert (exported[name].found["sdpa"] is not None) == exact
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_back_to_a_checkpoint_is_bitwise(
-    name: str, checked: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
-    from_hf.convert(str(checked[name]["export"]), tmp_path / "back")
-    before, after = StoredTensors(checked[name]["run"] / "step_0"), StoredTensors(tmp_path / "back")
-    assert before.tensors == after.tensors
-    for tensor, stored in before.tensors.items():
-        layers = range(stored.shape[0]) if tensor.startswith("decoder.layers.") else [None]
-        assert all(torch.equal(before.read(tensor, i), after.read(tensor, i)) for i in layers), tensor
+def test_sink_of_the_export_is_that_of_the_run(name: str, exported: dict[str, Exported]) -> None:
+    assert_same_metrics(exported[name].of_export, exported[name].of_run)
 
 
-@pytest.mark.parametrize("name", ["llama", "slot_window_t5"])
-def test_layout_of_the_checkpoint_does_not_matter(
-    name: str, checked: dict[str, dict[str, Any]], run_distributed: RunDistributed, tmp_path: Path
-) -> None:
-    start = checked[name]["run"] / "step_0"
-    recipe = [*SMALL, *CASES[name][1], "parallel={tensor: 2, pipeline: 2}"]
-    run_distributed(4, rank_writes, recipe, tmp_path / "run", start)
-    to_hf.convert(tmp_path / "run" / "step_0", tmp_path / "export")
-    weights = [f / "model.safetensors" for f in (checked[name]["export"], tmp_path / "export")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+@pytest.mark.parametrize("name", CASES)
+def test_back_to_a_checkpoint_is_bitwise(name: str, exported: dict[str, Exported], tmp_path: Path) -> None:
+    assert_comes_back(exported[name], tmp_path / "back")
 
 
-def test_slot_and_sink_token_have_weights_of_their_own(checked: dict[str, dict[str, Any]]) -> None:
-    with_slot = {name for name, found in checked.items() if found["slot"] is not None}
-    assert with_slot == {"sink_token_prefix", "slot_window_t5"}
-    assert all(checked[name]["slot"] > 0 for name in with_slot)
+@pytest.mark.parametrize("name", CASES)
+def test_layout_of_the_checkpoint_does_not_matter(name: str, exported: dict[str, Exported]) -> None:
+    assert_layout_does_not_matter(exported[name])
+
+
+def test_slot_and_sink_token_have_weights_of_their_own(exported: dict[str, Exported]) -> None:
+    slots = {name: one.found["slot"] for name, one in exported.items()}
+    assert {name for name, slot in slots.items() if slot is not None} == {
+        "sink_token_prefix",
+        "slot_window_t5",
+    }
+    assert all(slot > 0 for slot in slots.values() if slot is not None)

@@ -9,19 +9,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from sinkbench import recipe
 from sinkbench.config import Config
 from sinkbench.data.python_text import reference_documents
 from sinkbench.data.tokenizer import train_sentencepiece
-from sinkbench.export import from_hf
-from sinkbench.export.stored import StoredTensors
 from sinkbench.recipe import Recipe
 from sinkbench.testing import RunDistributed
 from tests.distributed.export_runs import (
     VOCABULARY,
     Exported,
+    How,
+    assert_comes_back,
+    assert_computes_the_same,
+    assert_layout_does_not_matter,
     assert_same_metrics,
     export_and_check,
 )
@@ -100,6 +101,7 @@ def exported(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathF
     tokenizer = root / "tokenizer.model"
     texts = (text for _, text in reference_documents())
     train_sentencepiece(itertools.islice(texts, 100), VOCABULARY, tokenizer)
+    how = How(tokenizer=tokenizer)
     kept: dict[bool, Future[dict[str, Exported]]] = {}
     with ThreadPoolExecutor(1) as pool:
 
@@ -108,7 +110,7 @@ def exported(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathF
             if is_quick not in kept:
                 chosen = {other: config for other, config in RUNS.items() if (other in QUICK) == is_quick}
                 folder = root / ("quick" if is_quick else "others")
-                kept[is_quick] = pool.submit(export_and_check, run_distributed, chosen, folder, tokenizer)
+                kept[is_quick] = pool.submit(export_and_check, run_distributed, chosen, folder, how)
             return kept[is_quick].result()[name]
 
         yield exported
@@ -116,42 +118,29 @@ def exported(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize("name", EACH)
 def test_export_computes_the_same(name: str, exported: Get) -> None:
-    found = exported(name).found
-    assert found["class"] == expected_class(RUNS[name])
-    assert found["scale"] > 0.1
-    for key in ("logits", "padding", "cache", "checkpointing", "attentions"):
-        assert found[key] < 1e-4, f"{key}: {found[key]}"
-    assert found["slots"] is None or found["slots"] < 1e-4
-    assert (found["sdpa"] is not None) == is_plain_softmax(RUNS[name])
-    if found["sdpa"] is not None:
-        assert found["sdpa"] < 1e-4
-        assert found["sdpa_padding"] < 1e-4
-    assert found["saved_again"] == 0
-    assert found["generate"]
+    one = exported(name)
+    assert one.found["class"] == expected_class(RUNS[name])
+    assert (one.found["sdpa"] is not None) == is_softmax(RUNS[name])
+    assert_computes_the_same(one)
 
 
-def is_plain_softmax(config: Config) -> bool:
-    """Whether torch's fused softmax computes the attention."""
-    attention = config.model.attention
-    return attention.name == "softmax" and attention.params.keys() <= {"window", "combine", "sink_token"}
+def is_softmax(config: Config) -> bool:
+    """Whether torch's fused kernels compute the attention."""
+    return config.model.attention.name in ("softmax", "softmax_off_by_one")
 
 
 def expected_class(config: Config) -> str:
-    model = config.model
+    model, options = config.model, config.model.attention.params.keys()
     llama = (
-        is_plain_softmax(config)
-        and not attention_params(config) - {"window"}
+        model.attention.name == "softmax"
+        and options <= {"window"}
         and (model.ffn, model.positional.name, model.normalization.name) == ("swiglu", "rope", "rmsnorm")
         and "location" not in model.normalization.params
         and config.loss.name in CAUSAL
     )
     if not llama:
         return "SinkbenchForCausalLM"
-    return "MistralForCausalLM" if "window" in attention_params(config) else "LlamaForCausalLM"
-
-
-def attention_params(config: Config) -> set[str]:
-    return set(config.model.attention.params)
+    return "MistralForCausalLM" if "window" in options else "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -162,17 +151,9 @@ def test_sink_of_the_export_is_that_of_the_run(name: str, exported: Get) -> None
 
 @pytest.mark.parametrize("name", EACH)
 def test_back_to_a_checkpoint_is_bitwise(name: str, exported: Get, tmp_path: Path) -> None:
-    one = exported(name)
-    from_hf.convert(str(one.export), tmp_path / "back")
-    before, after = StoredTensors(one.checkpoint), StoredTensors(tmp_path / "back")
-    assert before.tensors == after.tensors
-    for tensor, stored in before.tensors.items():
-        layers = range(stored.shape[0]) if tensor.startswith("decoder.layers.") else [None]
-        assert all(torch.equal(before.read(tensor, i), after.read(tensor, i)) for i in layers), tensor
+    assert_comes_back(exported(name), tmp_path / "back")
 
 
 @pytest.mark.parametrize("name", EACH)
 def test_layout_of_the_checkpoint_does_not_matter(name: str, exported: Get) -> None:
-    one = exported(name)
-    weights = [folder / "model.safetensors" for folder in (one.export, one.elsewhere)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert_layout_does_not_matter(exported(name))
