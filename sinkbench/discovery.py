@@ -151,7 +151,9 @@ def _load(found: Discovery, package: Package, point: EntryPoint) -> None:
     try:
         plugin = point.load()
     except (Exception, SystemExit) as e:  # a plugin's import may do anything
-        found.fail(package, f"its import failed with {_text(e)}")
+        lacks_a_name = isinstance(e, ImportError) and e.name == API_GROUP
+        ours = f"; this is sinkbench.api {API_VERSION}" if lacks_a_name else ""
+        found.fail(package, f"its import failed with {_text(e)}{ours}")
         return
     if any(plugin is other for other in found.loaded.values()):
         return  # two entry points of one module: one set of plugins

@@ -1,4 +1,7 @@
-"""The hooks of sinkbench. Each is called once, before any CUDA work, and returns list[Plugin]."""
+"""The hooks of sinkbench. Each is called once, before any CUDA work, and returns list[Plugin].
+
+``SINKBENCH_TRACE_PLUGINS=1`` in the environment prints every call, of which package, and what it returned.
+"""
 
 from __future__ import annotations
 

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from sinkbench.api import AttentionSpec, BuildContext, Elementwise, Heads, ParameterSpec, Rows, Softmax
-from sinkbench.attention import elementwise, fused, reference
-from sinkbench.attention.backends import BACKENDS, Backend, Use
+from sinkbench.attention import reference
 from sinkbench.attention.reference import Problem, allowed_qk
 from sinkbench.testing.gradients import check_gradients
-from sinkbench.testing.session import Check, Failed, Session, Skipped, compare
+from sinkbench.testing.session import Check, Failed, Session, compare
 
 LENGTH = 7
-FUSED = "model={head_size: 32, seq_length: 64}"
-"""Sizes that every backend can do."""
 ATTENTION = frozenset({"attention"})
 
 
@@ -72,12 +69,12 @@ def sizes_of(parameter: ParameterSpec, context: BuildContext) -> list[int]:
     return [named[size] if isinstance(size, str) else size for size in parameter.shape]
 
 
-def _spec(session: Session) -> tuple[AttentionSpec, BuildContext]:
+def spec_of(session: Session) -> tuple[AttentionSpec, BuildContext]:
     return cast(AttentionSpec, session.build()), session.declared.context
 
 
 def shapes(session: Session) -> str:
-    spec, context = _spec(session)
+    spec, context = spec_of(session)
     problem = make_problem(spec, context)
     expected = (2, context.num_heads, LENGTH, LENGTH)
     weights, slot = reference.weights(problem)
@@ -110,7 +107,7 @@ def _same_shape(what: str, x: Tensor, expected: tuple[int, ...]) -> None:
 
 
 def dtypes(session: Session) -> str:
-    spec, context = _spec(session)
+    spec, context = spec_of(session)
     for dtype in (torch.float32, torch.float64):
         score = torch.linspace(-3, 3, 24, dtype=dtype).view(1, 1, 4, 6)
         if isinstance(spec.rule, Elementwise):
@@ -133,7 +130,7 @@ def _same_dtype(what: str, x: Tensor, expected: torch.dtype) -> None:
 
 
 def gradient(session: Session) -> str:
-    spec, context = _spec(session)
+    spec, context = spec_of(session)
     problem = make_problem(spec, context, batch=1, length=4, dtype=torch.float64)
     inputs = {
         "query": problem.query_bhqd,
@@ -218,7 +215,7 @@ def _part_shape(name: str, like: Tensor, per_element: bool, context: BuildContex
 
 
 def causality(session: Session) -> str:
-    spec, context = _spec(session)
+    spec, context = spec_of(session)
     problem = make_problem(spec, context)
     weights, _ = reference.weights(problem)
     masked = ~allowed_qk(problem.position_q, problem.position_k, spec.window)
@@ -242,7 +239,7 @@ def causality(session: Session) -> str:
 
 
 def determinism(session: Session) -> str:
-    spec, context = _spec(session)
+    spec, context = spec_of(session)
     first, again = (reference.attend(make_problem(s, context)) for s in (spec, spec))
     rebuilt = reference.attend(make_problem(cast(AttentionSpec, session.build()), context))
     compare("the output computed again", again, first, relative=0, absolute=0)
@@ -250,7 +247,7 @@ def determinism(session: Session) -> str:
 
 
 def batch_invariance(session: Session) -> str:
-    spec, context = _spec(session)
+    spec, context = spec_of(session)
     problem = make_problem(spec, context)
     alone = replace(
         problem,
@@ -266,7 +263,7 @@ def batch_invariance(session: Session) -> str:
 
 
 def measurement(session: Session) -> str:
-    spec, context = _spec(session)
+    spec, context = spec_of(session)
     problem = make_problem(spec, context)
     weights, slot = reference.weights(problem)
     if not weights.isfinite().all():
@@ -288,57 +285,6 @@ def measurement(session: Session) -> str:
         if (weights < 0).any():
             raise Failed(f"weights go down to {weights.min():.3g} in rows divided by their sum")
     return row_sum
-
-
-def triton_functions(session: Session) -> str:
-    spec, _ = _spec(session)
-    if not isinstance(spec.rule, Elementwise):
-        raise Skipped("the rule is not elementwise")
-    if spec.rule.fused is not None:
-        raise Skipped("Triton functions are given; they are compared where there is a card")
-    try:
-        written = elementwise.write(spec.rule.function)
-    except elementwise.NoTritonForm as obstacle:
-        raise Skipped(f"no fused kernel: {obstacle}{fused.NO_FORM}") from obstacle
-    lines = len(written.body.splitlines())
-    return f"the function and its derivative were written in {lines} lines, and equal autograd in torch"
-
-
-def backends(session: Session) -> str:
-    _, resolved, declared = session.subject.declare(FUSED)
-    chosen = session.subject.chosen(resolved)
-    spec = cast(AttentionSpec, chosen.plugin.build(chosen.params, declared.context))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    use = Use(device=device, head_size=declared.context.head_size)
-    missing = {b.name: b.missing(spec, use) for b in BACKENDS if b.name != "eager"}
-    able = [b for b in BACKENDS if b.name != "eager" and not missing[b.name]]
-    lacks = "; ".join(f"{name} cannot compute {' or '.join(why)}" for name, why in missing.items() if why)
-    if not able:
-        raise Skipped(f"eager alone computes it here: {lacks}")
-    problem = make_problem(spec, declared.context, length=64, device=device)
-    expected = _with_gradients(problem, reference.attend)
-    for backend in able:
-        _compare_backend(backend, problem, expected)
-    return f"{', '.join(b.name for b in able)} as eager{'; ' + lacks if lacks else ''}"
-
-
-def _compare_backend(backend: Backend, problem: Problem, expected: dict[str, Tensor]) -> None:
-    for name, value in _with_gradients(problem, backend.run).items():
-        size = float(expected[name].detach().abs().max())
-        compare(
-            f"{name} of {backend.name} against eager", value, expected[name], relative=0, absolute=2e-3 * size
-        )
-
-
-def _with_gradients(problem: Problem, attend: Callable[[Problem], Tensor]) -> dict[str, Tensor]:
-    tensors = {"query": problem.query_bhqd, "key": problem.key_bgkd, "value": problem.value_bgkd}
-    leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
-    output = attend(
-        replace(problem, query_bhqd=leaves["query"], key_bgkd=leaves["key"], value_bgkd=leaves["value"])
-    )
-    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3)).to(output)
-    gradients = torch.autograd.grad(output, list(leaves.values()), cotangent)
-    return {"the output": output, **{f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}}
 
 
 CHECKS = (
@@ -386,17 +332,5 @@ CHECKS = (
         kinds=ATTENTION,
         run=measurement,
         usually="a similarity that may be negative or zero in a whole row: declare normalize='abs' or False",
-    ),
-    Check(
-        name="triton functions",
-        kinds=ATTENTION,
-        run=triton_functions,
-        usually="an error while the similarity is traced",
-    ),
-    Check(
-        name="backends",
-        kinds=ATTENTION,
-        run=backends,
-        usually="the Triton functions are not those of the plain-torch function",
     ),
 )

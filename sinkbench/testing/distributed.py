@@ -25,6 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -54,6 +55,11 @@ class _Rank:
     process: ForkServerProcess
     connection: Connection
     log: Path
+
+
+def warm_up() -> None:
+    """Starts the template process, which imports for seconds, while the caller does something else."""
+    forkserver.ensure_running()
 
 
 def run_distributed(

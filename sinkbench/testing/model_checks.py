@@ -34,6 +34,8 @@ def trains(session: Session) -> str:
     missing = sorted(session.declared.loss.needs - KNOWN_ENTRIES)
     if missing:
         raise Skipped(f"the loss needs {', '.join(missing)} of the data, which random tokens do not have")
+    if session.subject.kind == "metric" and not hasattr(session.build(), "observe"):
+        raise Skipped("a metric with forward passes of its own is not made in a run")
     losses = session.alone.losses
     if not all(math.isfinite(loss) for loss in losses):
         raise Failed(f"the losses of {len(losses)} steps are {_list(losses)}")

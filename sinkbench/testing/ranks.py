@@ -246,10 +246,12 @@ def rank_exports(rank: int, world_size: int, subject: Subject, checkpoint: Path,
 
     os.environ |= {"HF_HOME": str(out.with_name("hf_home")), "HF_HUB_OFFLINE": "1"}
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from sinkbench.export import to_hf
     from sinkbench.megatron import state
 
+    logging.disable_progress_bar()
     rows = tokens(2, 12)
     with engine_of(subject) as (engine, _, _, _), torch.no_grad():
         (network,) = engine.networks

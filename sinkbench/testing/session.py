@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +22,8 @@ from sinkbench.testing.distributed import RankFailure, run_distributed
 from sinkbench.testing.subject import Subject
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+_RANK = re.compile(r"^(?:rank \d+ of \d+: |then killed)", re.MULTILINE)
+_ERROR = re.compile(r"[\w.]+(?:Error|Exception|Exit|Interrupt|Failure)\b")
 _NOT_THE_CAUSE = re.compile(r"/(torch|megatron|multiprocessing|transformers|sinkbench)/|/contextlib\.py$")
 
 
@@ -59,7 +61,6 @@ class Session:
 
     subject: Subject
     folder: Path
-    _kept: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def parts(self) -> tuple[Config, Resolved, Declarations]:
@@ -122,9 +123,10 @@ def describe_exception(error: BaseException) -> str:
 def _last_error(text: str) -> str:
     """The error that the first rank's traceback ends with, and the innermost place outside the
     libraries."""
-    lines = [line for line in text.splitlines() if line.strip()]
-    error = next((line for line in lines if re.match(r"[\w.]+(Error|Exception|Warning)?: ", line)), lines[-1])
-    error = lines[-1] if error.startswith("rank") and len(lines) > 1 else error
+    first_rank = next(part for part in _RANK.split(text) if part.strip())
+    lines = [line for line in first_rank.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.match(line)]
+    error = errors[-1] if errors else lines[-1 if "Traceback" in lines[0] else 0]
     frames = [match for line in lines if (match := _FRAME.search(line))]
     places = [frame for frame in frames if not _NOT_THE_CAUSE.search(frame["file"])] or frames
     at = f" (in {places[-1]['function']}, {places[-1]['file']}:{places[-1]['line']})" if places else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -116,6 +117,8 @@ def find_subject(
         # The error with the nearest names and the broken packages.
         index.get(kind or "attention", name)
     own = None if registered or isinstance(plugin, str) else plugin
+    if own is not None:
+        _check_importable(own)
     return Subject(
         kind=kinds[0] if kinds else str(kind),
         name=name,
@@ -123,6 +126,17 @@ def find_subject(
         overrides=tuple(overrides),
         plugin=own,
     )
+
+
+def _check_importable(plugin: Plugin) -> None:
+    try:
+        pickle.dumps(plugin)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        problem = f"cannot be handed to other processes ({error})"
+        remedy = (
+            "define build and params at the top level of a module, or install the package and give its name"
+        )
+        raise PluginError(f"plugin {plugin.name!r}", problem, remedy) from error
 
 
 def _same(one: Plugin, other: Plugin) -> bool:

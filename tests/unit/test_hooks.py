@@ -123,6 +123,13 @@ def test_a_package_for_another_version_of_the_api(
     assert f"the plugin package acme-pack 1.0 is broken ({broken.error})" in str(caught.value)
 
 
+def test_a_package_that_names_no_version_and_needs_another(install: Install) -> None:
+    install("acme-pack", NEEDS_MORE)
+    (broken,) = plugins.discover().broken
+    assert "cannot import name 'SomethingNewer' from 'sinkbench.api'" in broken.error
+    assert broken.error.endswith(f"; this is sinkbench.api {API_VERSION}")
+
+
 def test_a_package_for_this_version_of_the_api(install: Install, tmp_path: Path) -> None:
     install("acme-pack", OF_A_KIND.replace("HOOK", "sinkbench_loss"))
     name_version(tmp_path, API_VERSION)
