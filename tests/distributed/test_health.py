@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,9 +12,11 @@ import torch
 from sinkbench.config import TrainConfig
 from sinkbench.errors import DivergedError
 from sinkbench.health import MEMORY, Health
-from sinkbench.megatron.training import StepResult
 from sinkbench.testing import RunDistributed
 from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare
+
+if TYPE_CHECKING:
+    from sinkbench.megatron.training import StepResult
 
 RECIPE = (*SWIGLU, "measure.every=0", "validation.every=0")
 BAD_STEPS = (8, 9)
@@ -155,6 +157,8 @@ def health(**values: Any) -> Health:
 
 
 def result(loss: float, *, updated: bool = True) -> StepResult:
+    from sinkbench.megatron.training import StepResult
+
     return StepResult(loss=loss, tokens=1, grad_norm=1.0, updated=updated, stop=False)
 
 
