@@ -109,8 +109,8 @@ def _init_process_group(device: torch.device) -> None:
             problem = f"the processes do not find one another ({(str(error).splitlines() or [''])[0][:200]})"
             raise HostError(where, problem, "start with torchrun, or correct these") from error
         return
-    store = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+    alone = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=TIMEOUT)
 
 
 def _seed(seed: int, parallel_state: Any, tensor_parallel: Any) -> None:
