@@ -42,8 +42,10 @@ def check(folder: Path) -> dict[str, Any]:
     tokens, logits = expected["tokens"], expected["logits"]
     model = load(folder, attn_implementation="eager")
     output = model(tokens, output_attentions=True)
-    # In float64, since attention of which the weights may be negative magnifies what float32 rounds.
-    exact = copy.deepcopy(model).double()
+    # Attention with negative weights magnifies what float32 rounds. transformers' own families, which have
+    # none, cannot mask padding in float64.
+    ours = type(model).__name__ == "SinkbenchForCausalLM"
+    exact = copy.deepcopy(model).double() if ours else model
     whole = exact(tokens).logits
     found: dict[str, Any] = {
         "class": type(model).__name__,
