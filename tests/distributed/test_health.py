@@ -157,6 +157,9 @@ def health(**values: Any) -> Health:
 
 
 def result(loss: float, *, updated: bool = True) -> StepResult:
+    from sinkbench.megatron import host
+
+    host.prepare()
     from sinkbench.megatron.training import StepResult
 
     return StepResult(loss=loss, tokens=1, grad_norm=1.0, updated=updated, stop=False)
