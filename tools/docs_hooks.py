@@ -50,6 +50,7 @@ SECTIONS: tuple[tuple[str, type[BaseModel]], ...] = (
     ("log.wandb", config.WandbConfig),
 )
 """Titles and what validates them."""
+TITLES = {model.__name__: title for title, model in SECTIONS}
 
 Schema = dict[str, Any]
 
@@ -83,8 +84,9 @@ def type_text(schema: Schema) -> str:
     """A JSON schema in words: its type, its choices, its bounds."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
-        titles = {model.__name__: title for title, model in SECTIONS}
-        return f"section [{titles[name]}](#{name.lower()})" if name in titles else "plugin"
+        if name == config.PluginRef.__name__:
+            return "plugin"
+        return f"section [{TITLES[name]}](#{name.lower()})"
     if "enum" in schema:
         return ", ".join(code(choice) for choice in schema["enum"])
     if "const" in schema:
