@@ -38,7 +38,8 @@ _INDEX_CLASSES = {
         "_MEM_FORMAT_ENCODING",
     },
     f"{_DCP}.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},  # Python 3.13
 }
 """Module -> what an index may name there: records of data and tables of constants. None of them does
 anything when it is made but hold its arguments."""
@@ -63,7 +64,7 @@ def read_index(stream: IO[bytes], path: Path) -> Metadata:
             raise pickle.UnpicklingError(f"it is a {type(metadata).__name__}")
         for entry in metadata.storage_data.values():
             name = entry.relative_path
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
                 raise pickle.UnpicklingError(f"it points out of the folder, to {name}")
     except Exception as error:  # a damaged pickle may raise anything
         problem = f"cannot be read as an index of tensors ({error})"

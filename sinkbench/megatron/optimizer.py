@@ -74,6 +74,13 @@ def distributed_optimizers(optimizer: Any) -> list[DistributedOptimizer]:
 def prepare_for_loading(optimizer: Any) -> None:
     """megatron-core 0.16.1 loads moments only into an optimizer that has stepped, and then misses the
     step count of torch's AdamW: give every shard empty moments, and let its own count stand."""
+    give_moments(optimizer)
+    for part in distributed_optimizers(optimizer):
+        _keep_own_step(part)
+
+
+def give_moments(optimizer: Any) -> None:
+    """Those of an optimizer that has not stepped, which megatron-core 0.16.1 neither saves nor loads."""
     for part in distributed_optimizers(optimizer):
         inner = part.optimizer
         for group in inner.param_groups:
@@ -83,7 +90,6 @@ def prepare_for_loading(optimizer: Any) -> None:
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     state["exp_avg"] = torch.zeros_like(parameter.data)
                     state["exp_avg_sq"] = torch.zeros_like(parameter.data)
-        _keep_own_step(part)
 
 
 def _keep_own_step(part: DistributedOptimizer) -> None:

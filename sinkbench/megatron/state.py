@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from sinkbench.checksums import FileSum, HashedFile
 from sinkbench.errors import CheckpointError
 from sinkbench.failpoints import failpoint
-from sinkbench.megatron.optimizer import prepare_for_loading, separate_steps
+from sinkbench.megatron.optimizer import give_moments, prepare_for_loading, separate_steps
 from sinkbench.megatron.optimizer_state import assign, choose_owners, copy_to_host, gathered_by_owners
 from sinkbench.megatron.training import Engine
 from sinkbench.safe_load import METADATA, SafeReader, weights_only
@@ -68,6 +68,7 @@ class Snapshot:
     """
 
     def __init__(self, engine: Engine) -> None:
+        give_moments(engine.optimizer)
         owners, group = choose_owners(engine.optimizer), engine.layout.groups.dp_cp
         state = _model_state(engine.networks)
         assign(state, owners, group)

@@ -59,12 +59,10 @@ def rank_writes(
 def save(config: Config, stages: list[Any], layout: Layout, folder: Path) -> Engine:
     """Writes a checkpoint step_0 there; returns the engine that it is of."""
     from sinkbench.checkpoint import CheckpointStore
-    from sinkbench.megatron.optimizer import prepare_for_loading
     from sinkbench.megatron.training import Engine
     from sinkbench.saving import Saver
 
     engine = Engine(config, stages, layout)
-    prepare_for_loading(engine.optimizer)  # it has not stepped, and cannot be saved without moments
     saver = Saver(CheckpointStore(folder), layout, config.checkpoint)
     saver.save(engine, 0, recipe.dump(config))
     saver.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import random
@@ -303,6 +304,40 @@ def test_no_damage_is_loaded(run_distributed: RunDistributed, tmp_path: Path) ->
     assert len(taken) < 3
 
 
+def rank_saves(rank: int, world_size: int, folder: Path) -> None:
+    from sinkbench.saving import Saver
+
+    with an_engine(ENGINE) as engine:
+        step(engine, 1)
+        saver = Saver(CheckpointStore(folder), engine.layout, CheckpointConfig())
+        saver.save(engine, 1, recipe.dump(engine.config))
+        saver.finish()
+
+
+def rank_loads_format_1(rank: int, world_size: int, folder: Path) -> bool:
+    """Rewrites checkpoint.json as it was before there were checksums. Whether the weights come back."""
+    from sinkbench import saving
+
+    store = CheckpointStore(folder)
+    found = store.open(1)
+    sizes = {name: file.size for name, file in found.files.items() if name != "recipe.yaml"}
+    info = {"format": 1, "step": 1, "layout": found.layout, "files": sizes}
+    (found.folder / INFO).write_text(json.dumps(info, indent=2) + "\n")
+    with an_engine(ENGINE) as engine:
+        step(engine, 1)
+        weights = [p.detach().clone() for p in engine.networks[0].parameters()]
+        step(engine, 2)
+        newest = saving.newest_good(store, engine.layout, "full")
+        assert newest is not None
+        saving.load(engine, newest)
+        return all(map(torch.equal, engine.networks[0].parameters(), weights))
+
+
+def test_format_1_is_loaded(run_distributed: RunDistributed, tmp_path: Path) -> None:
+    run_distributed(1, rank_saves, tmp_path)
+    assert run_distributed(1, rank_loads_format_1, tmp_path) == [True]
+
+
 # --- malice -----------------------------------------------------------------------------------------
 
 
@@ -389,16 +424,6 @@ def rank_opens(rank: int, world_size: int, work: Path) -> dict[str, list[str]]:
         outcomes[name].append(str(cli.main(["measure", str(checkpoint), "--device", "cpu"])))
         outcomes[name].append(str(to_hf.main([str(checkpoint), str(run / "out")])))
     return outcomes
-
-
-def rank_saves(rank: int, world_size: int, folder: Path) -> None:
-    from sinkbench.saving import Saver
-
-    with an_engine(ENGINE) as engine:
-        step(engine, 1)
-        saver = Saver(CheckpointStore(folder), engine.layout, CheckpointConfig())
-        saver.save(engine, 1, recipe.dump(engine.config))
-        saver.finish()
 
 
 def test_nothing_in_a_checkpoint_is_run(run_distributed: RunDistributed, tmp_path: Path) -> None:
