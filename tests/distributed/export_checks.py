@@ -24,6 +24,8 @@ import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 EPS = 0.08
+PROMPT = 30
+"""Tokens that are read at once before the others are read with a cache."""
 
 
 def load(folder: Path, **options: Any) -> Any:
@@ -112,9 +114,9 @@ def padding(model: Any, tokens: torch.Tensor, alone: torch.Tensor) -> float:
 
 def cached(model: Any, tokens: torch.Tensor, whole: torch.Tensor) -> float:
     """A prompt and then one token at a time."""
-    output = model(tokens[:, :20], use_cache=True)
+    output = model(tokens[:, :PROMPT], use_cache=True)
     parts = [output.logits]
-    for number in range(20, tokens.shape[1]):
+    for number in range(PROMPT, tokens.shape[1]):
         output = model(tokens[:, number : number + 1], past_key_values=output.past_key_values, use_cache=True)
         parts.append(output.logits)
     return difference(torch.cat(parts, 1), whole)
@@ -125,11 +127,11 @@ def generated(model: Any, tokens: torch.Tensor) -> bool:
     prompts, mask = tokens[:, :16].clone(), torch.ones_like(tokens[:, :16])
     prompts[1, :5] = 0
     mask[1, :5] = 0
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     together = model.generate(prompts, attention_mask=mask, **options)[:, 16:]
     without = model.generate(prompts, attention_mask=mask, use_cache=False, **options)[:, 16:]
     alone = [
-        model.generate(row[keep.bool()][None], attention_mask=keep[keep.bool()][None], **options)[0, -8:]
+        model.generate(row[keep.bool()][None], attention_mask=keep[keep.bool()][None], **options)[0, -5:]
         for row, keep in zip(prompts, mask, strict=True)
     ]
     return bool((together == without).all() and (together == torch.stack(alone)).all())

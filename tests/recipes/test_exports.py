@@ -31,6 +31,7 @@ from tests.recipes.shipped import NAMES, load
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.timeout(3600)  # the first test of a set exports and checks all of it
 
+SIZES = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
 UNSEEN = ("init", "init_std", "backend")
 """What an export knows nothing of, in the recipe's section on the model."""
 CAUSAL = ("causal_lm", "response_lm")
@@ -53,8 +54,12 @@ def shrink(run: Recipe) -> Config:
 
 
 def architecture(config: Config) -> str:
-    """Equal for runs whose exports differ in nothing but the numbers."""
-    model = {key: value for key, value in config.model.model_dump(mode="json").items() if key not in UNSEEN}
+    """Equal for runs whose exports differ in nothing but sizes and weights."""
+    model = {
+        key: value
+        for key, value in config.model.model_dump(mode="json").items()
+        if key not in (*UNSEEN, *SIZES)
+    }
     loss = None if config.loss.name in CAUSAL else config.loss.model_dump(mode="json")
     return json.dumps([model, loss], sort_keys=True)
 
