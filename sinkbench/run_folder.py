@@ -190,8 +190,8 @@ def refuse_other_recipe(folder: Path, config: Config) -> None:
     path = folder / "recipe.yaml"
     if not path.exists():
         return
-    before = dict(flatten(recipe.to_config(recipe.load(path)).model_dump()))
-    now = dict(flatten(config.model_dump()))
+    before = dict(flatten(recipe.to_config(recipe.load(path)).model_dump(by_alias=True)))
+    now = dict(flatten(config.model_dump(by_alias=True)))
     may_change = _may_change(config, before)
     changed = sorted(
         key

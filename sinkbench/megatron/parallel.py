@@ -101,7 +101,7 @@ def _init_process_group(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=TIMEOUT, **_after_a_restart())
         except (dist.DistError, ValueError) as error:
             where = (
                 f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}, MASTER_PORT {os.environ.get('MASTER_PORT')}"
@@ -111,6 +111,17 @@ def _init_process_group(device: torch.device) -> None:
         return
     alone = dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=TIMEOUT)
+
+
+def _after_a_restart() -> dict[str, Any]:
+    """Where the ranks find one another: in a part of torchrun's store of their own, since it still has the
+    addresses of the ranks before a restart."""
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0":
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
+    part = dist.PrefixStore(f"restart_{restarts}", store)  # type: ignore[attr-defined]
+    return {"store": part, "rank": rank, "world_size": world_size}
 
 
 def _seed(seed: int, parallel_state: Any, tensor_parallel: Any) -> None:

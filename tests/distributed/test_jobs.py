@@ -17,6 +17,7 @@ from sinkbench.failpoints import NAMES
 from tests.distributed.runs import Run
 
 
+@pytest.mark.full
 def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     campaign = kill_and_resume(tmp_path, job=WarmJob, kills=3, parts=0, failpoints=False)
     assert campaign.counts["runs compared, all equal"] >= 1

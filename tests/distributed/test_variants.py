@@ -204,7 +204,7 @@ def rank_builds_all(rank: int, world_size: int) -> list[tuple[dict[str, Any], fl
     found = []
     with parallel.running(config) as layout, torch.no_grad():
         for parts in combinations():
-            values = config.model_dump(mode="json")
+            values = config.model_dump(mode="json", by_alias=True)
             loss = parts.pop("loss")
             values["model"] |= parts
             values |= {"loss": loss, "data": {"source": "indexed", "train": "unread"}}

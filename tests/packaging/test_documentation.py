@@ -26,6 +26,7 @@ LONG = ("concepts/backends.md", "how-to/data.md", "how-to/parallel.md", "how-to/
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.full
 def test_the_tutorial(make_installation: Callable[[Sequence[Path]], Installation], tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     installation = make_installation(())  # into which the tutorial installs a package

@@ -23,7 +23,7 @@ from sinkbench.recipe_files import shipped_root
 from tests.unit.test_wrong_input import contents
 
 SETTINGS = settings(
-    max_examples=150,
+    max_examples=60,
     derandomize=True,
     deadline=None,
     database=None,
