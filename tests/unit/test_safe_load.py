@@ -67,6 +67,10 @@ def test_dtypes(dtype: torch.dtype) -> None:
     assert read(metadata) == metadata
 
 
+class Foreign:
+    """Of a module that nobody has declared safe."""
+
+
 class Calls:
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = function, arguments
@@ -127,14 +131,14 @@ def test_torch_load_admits_tensors_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     monkeypatch.delenv(variable, raising=False)
     stream = io.BytesIO()
-    torch.save({"a": Path("a")}, stream)
+    torch.save({"a": Foreign()}, stream)
     with weights_only():
         stream.seek(0)
-        with pytest.raises(pickle.UnpicklingError, match="PosixPath"):
+        with pytest.raises(pickle.UnpicklingError, match="Foreign"):
             torch.load(stream, weights_only=False)
     assert variable not in os.environ
     stream.seek(0)
-    assert torch.load(stream, weights_only=False) == {"a": Path("a")}
+    assert isinstance(torch.load(stream, weights_only=False)["a"], Foreign)
     monkeypatch.setenv(variable, "0")
     with weights_only():
         assert os.environ[variable] == "1"
