@@ -63,7 +63,8 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         raise DataError(f"{target}: --bos", "is for open models", remedy)
     config = _for_one_process(checkpoint.recipe, settings)
     resolved = plugins.resolve(config, plugins.discover())
-    source = open_source(config)
+    own = inputs == "natural" and settings.prompts is None
+    source = open_source(config if own else _without_probes(config))
     declared = declare(config, resolved, source.vocab_size)
     from sinkbench.megatron import parallel
 
@@ -110,6 +111,14 @@ def _encoder(config: Config, checkpoint: Path) -> Encode:
         remedy = "leave it out: the run is measured on its own held-out data"
         raise DataError("--prompts", "the run's data are no text", remedy)
     return lambda text: tokenizer.encode([text])[0].tolist()
+
+
+def _without_probes(config: Config) -> Config:
+    """Of its own data a run may have held out too little, or nothing."""
+    silent = {
+        name: getattr(config, name).model_copy(update={"every": 0}) for name in ("measure", "validation")
+    }
+    return config.model_copy(update=silent)
 
 
 def _for_one_process(path: Path, settings: Settings) -> Config:
