@@ -72,16 +72,12 @@ class _Attention(torch.autograd.Function):
 
 def _with_gradient(output: Tensor, grad_output: Tensor, grad_lse: Tensor) -> Tensor:
     """O - dL dO / |dO|^2, computed so that no square is lost below the least number."""
-    wide = grad_output.to(lse_dtype(output))
+    wide = grad_output.to(grad_lse.dtype)
     largest = wide.abs().amax(-1, keepdim=True)
     unit = wide / largest.where(largest > 0, 1.0)
     square = unit.square().sum(-1, keepdim=True) * largest
     step = grad_lse[..., None] / square.where(square > 0, 1.0)
     return (output - step * unit).to(output.dtype)
-
-
-def lse_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def gated(
