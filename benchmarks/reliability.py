@@ -70,8 +70,9 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
 
 
-def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer moments of a checkpoint, whole."""
+def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer moments of a checkpoint, put together from the shards of all ranks. Layers
+    lie along the first dimension."""
     stored = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -104,7 +105,7 @@ class Campaign:
             AssertionError: a line or a number differs.
         """
         assert metrics(folder) == metrics(self.expected), f"{folder}/metrics.jsonl differs"
-        found, wanted = (tensors(f / "checkpoints" / f"step_{STEPS}") for f in (folder, self.expected))
+        found, wanted = (whole_tensors(f / "checkpoints" / f"step_{STEPS}") for f in (folder, self.expected))
         different = [name for name in wanted if not torch.equal(found[name], wanted[name])]
         assert found.keys() == wanted.keys(), f"{folder}: other tensors"
         assert not different, f"{folder}: {different} differ"

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load
 
 from sinkbench import plugins, recipe
 from sinkbench.config import Config
@@ -74,21 +68,6 @@ class Run:
 
     def checkpoint(self, step: int) -> Path:
         return self.folder / "checkpoints" / f"step_{step}"
-
-
-def whole_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights and optimizer moments of a checkpoint, put together from the shards of all ranks. Layers
-    lie along the first dimension."""
-    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(tensors, checkpoint_id=checkpoint, no_dist=True)
-    return tensors
 
 
 def prepare(recipe_and_overrides: Sequence[str]) -> tuple[Config, Resolved]:

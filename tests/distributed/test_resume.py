@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.reliability import whole_tensors
 from sinkbench.failpoints import VARIABLE
 from sinkbench.testing import RankFailure, RunDistributed
-from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train, whole_tensors
+from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train
 
 RECIPE = (
     *SWIGLU,

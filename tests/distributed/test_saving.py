@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.reliability import whole_tensors
 from sinkbench import recipe
 from sinkbench.checkpoint import INFO, CheckpointStore, open_checkpoint, verify_files, write_info
 from sinkbench.checksums import FileSum, hash_file
@@ -25,7 +26,7 @@ from sinkbench.config import CheckpointConfig
 from sinkbench.errors import CheckpointError
 from sinkbench.failpoints import NAMES, VARIABLE
 from sinkbench.testing import RankFailure, RunDistributed
-from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train, whole_tensors
+from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train
 from tests.distributed.test_resume import without_speed
 
 RECIPE = (

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.reliability import whole_tensors
 from sinkbench import flops
 from sinkbench.api import Batch, BuildContext, LossSpec, Params, Plugin
 from sinkbench.testing import RunDistributed
-from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train, whole_tensors
+from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train
 from tests.distributed.test_layouts import MODELS
 
 BRIEF = ("train.steps=8", "measure.every=0")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.reliability import whole_tensors
 from sinkbench.api import LayerCapture, Observation
 from sinkbench.data.source import open_source
 from sinkbench.testing import RunDistributed
-from tests.distributed.runs import prepare, train, whole_tensors
+from tests.distributed.runs import prepare, train
 from tests.unit import brute_force
 
 STEPS = 12
