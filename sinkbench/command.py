@@ -16,8 +16,9 @@ from typing import NoReturn
 from sinkbench.errors import DEBUG, EXIT_CODE, STOPPED_EXIT_CODE, HostError, SinkbenchError, Stopped
 from sinkbench.redaction import redact
 
-REPORT_WAIT_S = 10.0
-"""How long the other ranks leave the word to rank 0, which mostly has the same error."""
+REPORT_WAIT_S = 30.0
+"""How long the other ranks leave the word to rank 0, which mostly has the same error. It may need long to
+get there on a loaded host, and torchrun needs time to end the others."""
 
 _UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG}
 

@@ -239,12 +239,12 @@ def test_exit_codes(returned: int | None, code: int) -> None:
     assert command.run_command(lambda: returned) == code
 
 
-def ranks(tmp_path: Path, error: str) -> list[subprocess.Popen[str]]:
-    """Two ranks, each of which fails as the statement says."""
+def ranks(tmp_path: Path, error: str, wait_s: float) -> list[subprocess.Popen[str]]:
+    """Two ranks, each of which fails as the statement says; the second waits for the first."""
     script = tmp_path / "rank.py"
     script.write_text(
         "import os, sys\nfrom sinkbench import command\nfrom sinkbench.errors import HostError\n"
-        "command.REPORT_WAIT_S = 1.5\nrank = int(os.environ['RANK'])\n"
+        f"command.REPORT_WAIT_S = {wait_s}\nrank = int(os.environ['RANK'])\n"
         f"def fail():\n    {error}\nsys.exit(command.run_command(fail))\n"
     )
     return [
@@ -256,20 +256,22 @@ def ranks(tmp_path: Path, error: str) -> list[subprocess.Popen[str]]:
 
 
 def test_rank_0_speaks_for_all(tmp_path: Path) -> None:
-    first, second = ranks(tmp_path, "raise HostError('parallel', f'wrong on {rank}', 'change it')")
-    assert first.communicate(timeout=30)[1] == "parallel: wrong on 0; change it\n"
+    first, second = ranks(
+        tmp_path, "raise HostError('parallel', f'wrong on {rank}', 'change it')", wait_s=100.0
+    )
+    assert first.communicate(timeout=100)[1] == "parallel: wrong on 0; change it\n"
     assert first.returncode == 2
     second.terminate()  # as torchrun does when a rank has left
-    assert second.communicate(timeout=30)[1] == ""
+    assert second.communicate(timeout=100)[1] == ""
     assert second.returncode == -signal.SIGTERM
 
 
 def test_an_error_of_another_rank_alone_is_told_after_a_while(tmp_path: Path) -> None:
     error = "import time\n    if rank == 1: raise HostError('disk', 'full', 'free space')"
-    first, second = ranks(tmp_path, error)
-    assert second.communicate(timeout=30)[1] == "disk: full; free space\n"
+    first, second = ranks(tmp_path, error, wait_s=0.5)
+    assert second.communicate(timeout=100)[1] == "disk: full; free space\n"
     assert second.returncode == 2
-    assert first.communicate(timeout=30)[1] == ""
+    assert first.communicate(timeout=100)[1] == ""
     assert first.returncode == 0
 
 
