@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -117,13 +118,13 @@ def test_a_time_limit_stops_all(run_distributed: RunDistributed, tmp_path: Path)
 
 
 def rank_is_signalled_twice(rank: int, world_size: int) -> None:
-    stopping.TOGETHER_S = 0.2
+    stopping.TOGETHER_S = math.inf
     with Request() as request:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)  # the same request, by another way
         time.sleep(0.1)
         assert request.signal is signal.SIGTERM
-        time.sleep(0.2)
+        stopping.TOGETHER_S = 0.0
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
@@ -132,7 +133,7 @@ def test_a_second_signal_exits_at_once(run_distributed: RunDistributed) -> None:
     began = time.monotonic()
     with pytest.raises(RankFailure, match=f"exit code {128 + signal.SIGTERM}"):
         run_distributed(1, rank_is_signalled_twice)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 60
 
 
 def rank_restores_handlers(rank: int, world_size: int) -> list[Any]:

@@ -82,15 +82,17 @@ RUNS = runs()
 
 
 def quick() -> set[str]:
-    """Of each recipe the last run whose architecture no recipe before has had; the others are checked by the
-    full tests."""
-    chosen: dict[str, str] = {}
-    for recipe_name in NAMES:
-        of_recipe = [name for name in RUNS if name.startswith(f"{stem(recipe_name)}-")]
-        new = [name for name in of_recipe if architecture(RUNS[name]) not in chosen]
+    """Of each folder of recipes the last run whose architecture no folder before has had; the others are
+    checked by the full tests."""
+    seen: set[str] = set()
+    chosen = set()
+    for _, names in itertools.groupby(NAMES, lambda name: str(Path(name).parent)):
+        stems = tuple(f"{stem(name)}-" for name in names)
+        new = [name for name in RUNS if name.startswith(stems) and architecture(RUNS[name]) not in seen]
         if new:
-            chosen[architecture(RUNS[new[-1]])] = new[-1]
-    return set(chosen.values())
+            chosen.add(new[-1])
+            seen |= {architecture(RUNS[name]) for name in new}
+    return chosen
 
 
 QUICK = quick()

@@ -227,4 +227,4 @@ def test_first_party_plugins_pass(plugin: str, kind: str | None, params: dict[st
 
 def test_the_pytest_plugin_is_light() -> None:
     code = "import sys, sinkbench.pytest_plugin; sys.exit(bool({'torch', 'pydantic'} & sys.modules.keys()))"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

@@ -283,7 +283,7 @@ def test_killed_run_goes_on(tmp_path: Path, corpus: list[str], model: Path) -> N
             time.sleep(0.005)
         children = psutil.Process(process.pid).children(recursive=True)
         process.kill()
-    psutil.wait_procs(children, timeout=10)
+    psutil.wait_procs(children, timeout=60)
     assert not (out / "manifest.json").exists()
     prepare(request(corpus, model), out, workers=1, unit_bytes=100)
     prepare(request(corpus, model), tmp_path / "fresh", workers=1)

@@ -88,5 +88,5 @@ def test_workers_end_with_a_killed_parent() -> None:
         workers = psutil.Process(parent.pid).children(recursive=True)
         assert len(workers) >= 2
         parent.kill()
-    _, alive = psutil.wait_procs(workers, timeout=10)
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive

@@ -95,7 +95,7 @@ def test_a_failing_rank_is_reported_and_the_others_are_killed(
     started = time.monotonic()
     with pytest.raises(RankFailure) as failure:
         run_distributed(4, fails_on_one)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 100
     message = str(failure.value)
     assert "rank 1 of 4: Traceback" in message
     assert "in fails_on_one" in message
@@ -113,8 +113,8 @@ def hangs_on_one(rank: int, world_size: int) -> int:
 
 def test_a_hanging_rank_is_reported_with_the_place(run_distributed: RunDistributed) -> None:
     with pytest.raises(RankFailure) as failure:
-        run_distributed(2, hangs_on_one, timeout=2)
-    assert "rank 1 of 2: not finished after 2 s" in str(failure.value)
+        run_distributed(2, hangs_on_one, timeout=5)
+    assert "rank 1 of 2: not finished after 5 s" in str(failure.value)
     assert "in hangs_on_one" in str(failure.value)
     assert run_distributed(2, all_reduce, 0.0)[0][2] == 1.0
 
@@ -168,7 +168,7 @@ def test_ranks_die_with_the_test_process(tmp_path: Path) -> None:
     finally:
         session.kill()
         session.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 100
     while not all(_is_gone(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.1)
