@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sinkbench.checksums import FileSum, hash_file, sync_folder, write_hashed
 from sinkbench.errors import CheckpointError
 from sinkbench.failpoints import failpoint
+
+T = TypeVar("T")
 
 INFO = "checkpoint.json"
 RECIPE = "recipe.yaml"
@@ -34,6 +37,8 @@ USE_EARLIER = "delete the folder to go on from an earlier checkpoint"
 _STEP = re.compile(r"step_(\d+)$")
 _LEFTOVER = re.compile(r"\.(step_\d+)\.(writing|replaced|deleting)$")
 _THREADS = 8
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +164,50 @@ def _sum_of(info: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(summed, sort_keys=True).encode()).hexdigest()
 
 
+def checked(function: Callable[[], T]) -> T | CheckpointError:
+    """What a function returns, or the error that it raises."""
+    try:
+        return function()
+    except CheckpointError as error:
+        return error
+
+
+def newest_of(
+    steps: Sequence[int],
+    examine: Callable[[int], Checkpoint | CheckpointError],
+    report: Callable[[str], object],
+) -> Checkpoint | None:
+    """The newest checkpoint that is good.
+
+    Args:
+        steps: oldest first.
+        examine: a step's checkpoint, or what is wrong with it.
+        report: is told in a line of each that is newer and damaged.
+
+    Returns:
+        None if there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: there are some, and none is good.
+        FormatError: the newest good one is of a format that this version does not read.
+    """
+    damaged: list[CheckpointError] = []
+    for step in reversed(steps):
+        examined = examine(step)
+        if isinstance(examined, FormatError):
+            raise examined  # the user's to decide: it may be better than those before it
+        if isinstance(examined, Checkpoint):
+            for damage in damaged:
+                report(f"{damage.where}: {damage.problem}; step {step} is used")
+            return examined
+        damaged.append(examined)
+    if damaged:
+        newest = damaged[0]
+        remedy = "copy it again from elsewhere, or delete the folder checkpoints to start anew"
+        raise CheckpointError(newest.where, f"{newest.problem}, and no earlier checkpoint is good", remedy)
+    return None
+
+
 class CheckpointStore:
     """The folder ``checkpoints`` of a run. One process changes it; any may read it."""
 
@@ -172,9 +221,15 @@ class CheckpointStore:
         matches = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
         return sorted(int(match[1]) for match in matches if match)
 
-    def latest(self) -> Checkpoint | None:
-        steps = self.steps()
-        return self.open(steps[-1]) if steps else None
+    def newest_good(self) -> Checkpoint | None:
+        """The newest checkpoint of which every file is as it was written, see ``newest_of``. Newer ones are
+        reported in a line each."""
+        return newest_of(self.steps(), lambda step: checked(lambda: self._verified(step)), _log.warning)
+
+    def _verified(self, step: int) -> Checkpoint:
+        checkpoint = self.open(step)
+        verify_files(checkpoint)
+        return checkpoint
 
     def open(self, step: int) -> Checkpoint:
         """See ``open_checkpoint``; the checkpoint must be of the step its folder is named for."""

@@ -24,7 +24,8 @@ from sinkbench.checkpoint import (
     RECIPE,
     Checkpoint,
     CheckpointStore,
-    FormatError,
+    checked,
+    newest_of,
     open_checkpoint,
     verify_files,
     write_info,
@@ -254,21 +255,8 @@ def newest_good(store: CheckpointStore, layout: Layout, verify: str) -> Checkpoi
     found = _from_main(layout, lambda: _recovered_steps(store))
     if isinstance(found, _Failed):
         raise _unusable(store.folder, found)
-    damaged: list[CheckpointError] = []
-    for step in reversed(found):
-        examined = _examine(partial(store.open, step), layout, verify)
-        if isinstance(examined, FormatError):
-            raise examined  # the user's to decide: it may be better than those before it
-        if isinstance(examined, Checkpoint):
-            for damage in damaged if layout.is_main else ():
-                _log.warning("%s: %s; step %d is used", damage.where, damage.problem, step)
-            return examined
-        damaged.append(examined)
-    if damaged:
-        newest = damaged[0]
-        remedy = "copy it again from elsewhere, or delete the folder checkpoints to start anew"
-        raise CheckpointError(newest.where, f"{newest.problem}, and no earlier checkpoint is good", remedy)
-    return None
+    report = _log.warning if layout.is_main else _log.debug
+    return newest_of(found, lambda step: _examine(partial(store.open, step), layout, verify), report)
 
 
 def _recovered_steps(store: CheckpointStore) -> list[int]:
@@ -297,13 +285,13 @@ def open_good(folder: Path, layout: Layout, verify: str) -> Checkpoint:
 
 
 def _examine(opener: Callable[[], Checkpoint], layout: Layout, verify: str) -> Checkpoint | CheckpointError:
-    opened = _from_main(layout, partial(_or_error, opener))
+    opened = _from_main(layout, partial(checked, opener))
     if isinstance(opened, _Failed):
         raise RuntimeError(opened.traceback or opened.problem)
     if not isinstance(opened, Checkpoint) or verify != "full":
         return opened
     share = _shares(opened.files, layout.world_size)[layout.rank]
-    problems = _collect(layout, _or_error(lambda: verify_files(opened, share)))
+    problems = _collect(layout, checked(lambda: verify_files(opened, share)))
     return next((problem for problem in problems if problem is not None), opened)
 
 
@@ -316,13 +304,6 @@ def _shares(files: dict[str, FileSum], ranks: int) -> list[list[str]]:
         shares[least].append(name)
         load[least] += file.size
     return shares
-
-
-def _or_error(function: Callable[[], T]) -> T | CheckpointError:
-    try:
-        return function()
-    except CheckpointError as error:
-        return error
 
 
 def load(engine: Engine, checkpoint: Checkpoint) -> None:

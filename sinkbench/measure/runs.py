@@ -20,31 +20,29 @@ from sinkbench.model import build_stages, declare
 
 
 def find_checkpoint(target: Path, step: int | None) -> Checkpoint:
-    """The checkpoint that a target names: itself, or a run's checkpoint of a step (default: its last). All
-    of its files are as they were written.
+    """The checkpoint that a target names: itself, or a run's of a step (default: its newest good one, where
+    damaged ones after it are reported in a line each). All of its files are as they were written.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    found = _open(target, step)
-    verify_files(found)
-    return found
-
-
-def _open(target: Path, step: int | None) -> Checkpoint:
     if not target.is_dir():
         raise CheckpointError(
             str(target), "there is no such folder", "give a run's folder or one of its checkpoints"
         )
-    if (target / INFO).exists() or target.name.startswith("step_"):
-        return open_checkpoint(target)
     store = CheckpointStore(target / "checkpoints")
-    if step is not None:
-        return store.open(step)
-    latest = store.latest()
-    if latest is None:
-        raise CheckpointError(str(target), "it holds no checkpoint", "train it first, or name another folder")
-    return latest
+    if (target / INFO).exists() or target.name.startswith("step_"):
+        found = open_checkpoint(target)
+    elif step is not None:
+        found = store.open(step)
+    else:
+        newest = store.newest_good()
+        if newest is None:
+            remedy = "train it first, or name another folder"
+            raise CheckpointError(str(target), "it holds no checkpoint", remedy)
+        return newest
+    verify_files(found)
+    return found
 
 
 def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: Settings) -> Result:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,14 +52,23 @@ def whole(run_distributed: RunDistributed, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("after", LAYOUTS)
 def test_goes_on(
-    run_distributed: RunDistributed, whole: Run, tmp_path: Path, before: str, after: str
+    run_distributed: RunDistributed,
+    whole: Run,
+    tmp_path: Path,
+    before: str,
+    after: str,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    """The differences are in the report of ``pytest --junit-xml``."""
     stopped(whole, tmp_path)
     resumed = train_under(run_distributed, tmp_path, after)
     if before == after:
         assert_identical(resumed, whole)
     losses, expected = resumed.series("train", "loss"), whole.series("train", "loss")
     first = STOPPED + 1
+    differences = {step: abs(losses[step] / expected[step] - 1) for step in expected}
+    record_property("first", differences[first])
+    record_property("largest", max(differences.values()))
     assert losses[first] == pytest.approx(expected[first], rel=1e-6)
     assert len(losses) == 30
     assert losses == pytest.approx(expected, rel=1e-4)

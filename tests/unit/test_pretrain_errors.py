@@ -309,8 +309,31 @@ def test_measure_refuses_a_damaged_checkpoint(
 ) -> None:
     case.damage(work / "runs" / "small")
     before = contents(work)
-    results = run_distributed(1, rank_calls, "sinkbench.cli", ["measure", "runs/small"])
+    results = run_distributed(1, rank_calls, "sinkbench.cli", ["measure", STEP_4])
     assert_refused(results, case.line, before, work)
+
+
+@pytest.mark.parametrize("case", [c for c in CHECKPOINT_CASES if c is not OTHER_FORMAT], ids=lambda c: c.name)
+def test_a_run_is_measured_and_converted_at_the_checkpoint_before_a_damaged_one(
+    work: Path, case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    case.damage(work / "runs" / "small")
+    before = contents(work)
+    assert find_checkpoint(Path("runs/small"), None).step == 2
+    assert find_checkpoint(Path("runs/small"), 2).step == 2
+    with pytest.raises(CheckpointError):
+        find_checkpoint(Path("runs/small"), 4)
+    what, _, _ = case.line.partition("; ")
+    (said,) = caplog.messages
+    assert re.fullmatch(re.escape(what).replace(r"\.\.\.", ".*") + "; step 2 is used", said)
+    assert contents(work) == before
+
+
+def test_no_checkpoint_to_measure_is_good(work: Path) -> None:
+    for step in (2, 4):
+        truncate(work / STEP_4.replace("4", str(step)) / "__0_0.distcp")
+    with pytest.raises(CheckpointError, match="no earlier checkpoint is good"):
+        find_checkpoint(Path("runs/small"), None)
 
 
 @pytest.mark.parametrize(
