@@ -61,7 +61,7 @@ __all__ = [
     "hookimpl",
 ]
 
-API_VERSION = "1.0"
+API_VERSION = "1.1"
 """Version of this module. The second number grows when something is added, the first when something that
 plugins use is changed or taken away; that is announced by an ApiDeprecationWarning for one version before. A
 package names the version it was written for as an entry point: ``"1.0" = "sinkbench.api"`` in the group
@@ -367,10 +367,13 @@ class ScoreBias:
         function: (distance_qk int64, heads int64, parameters by name) -> [h, q, k] float32, for the
             given heads of the model; a parameter split over heads comes with those heads' rows.
         parameters: learned parameters by name, one set a layer.
+        slope: (heads int64, parameters by name) -> m [h] float32 of a bias that is -m |distance|, which the
+            fused kernel then computes instead of looking it up; ``function`` gives the same.
     """
 
     function: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
+    slope: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

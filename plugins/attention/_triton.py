@@ -31,12 +31,12 @@ def sigmoid_derivative(s, p):
 
 @triton.jit
 def elu_plus_one(s):
-    return tl.where(s > 0, s + 1.0, tl.exp(tl.minimum(s, 0.0)))
+    return tl.maximum(s, 0.0) + tl.exp(tl.minimum(s, 0.0))
 
 
 @triton.jit
 def elu_plus_one_derivative(s, p):
-    return tl.where(s > 0, 1.0, p)
+    return tl.minimum(p, 1.0)  # p = exp(s) below 0, more than 1 above
 
 
 def fused_sigmoid(dtype: torch.dtype) -> tuple[Any, Any]:

@@ -113,13 +113,15 @@ def build_alibi(params: Params, context: BuildContext) -> PositionalSpec:
     """-slope_h |i - j|, in float32 (the paper's code rounds distances to bf16)."""
     slopes = alibi_slopes(context.num_heads)
 
-    def bias(distance_qk: Tensor, heads: Tensor, _: Mapping[str, Tensor]) -> Tensor:
+    def slope(heads: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         import torch
 
-        slope_h = torch.tensor(slopes, device=heads.device)[heads]
-        return -slope_h[:, None, None] * distance_qk.abs().float()
+        return torch.tensor(slopes, device=heads.device)[heads]
 
-    return PositionalSpec(score_bias=ScoreBias(function=bias))
+    def bias(distance_qk: Tensor, heads: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        return -slope(heads, parameters)[:, None, None] * distance_qk.abs().float()
+
+    return PositionalSpec(score_bias=ScoreBias(function=bias, slope=slope))
 
 
 def bucket(distance_qk: Tensor, params: BucketParams) -> Tensor:

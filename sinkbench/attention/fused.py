@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinkbench.api import AttentionSpec, Elementwise, WeightRule
 from sinkbench.attention import elementwise
-from sinkbench.attention.reference import Problem
+from sinkbench.attention.reference import Problem, per_head
 
 NO_FORM = ", which has no Triton form"
 
@@ -21,10 +21,8 @@ def missing(spec: AttentionSpec, head_size: int) -> list[str]:
     lacks = {
         "the package triton, which is not installed": importlib.util.find_spec("triton") is None,
         "weights that need whole rows": not isinstance(rule, Elementwise),
-        "a normaliser other than the row's sum": isinstance(rule, Elementwise) and rule.normalize == "abs",
         "a feature map": spec.feature_map is not None,
         "an extra slot": spec.extra_slot is not None,
-        "an output scale or bias": spec.output_scale != 1.0 or spec.output_bias is not None,
         f"a head size of {head_size}": not _head_size_fits(head_size),
     }
     return [what for what, wanted in lacks.items() if wanted]
@@ -52,24 +50,49 @@ def run(p: Problem) -> Tensor:
     """O [b, h, q, d]."""
     from sinkbench.attention import triton_elementwise
 
-    rule, bias = p.spec.rule, p.spec.score_bias
+    rule = p.spec.rule
     assert isinstance(rule, Elementwise)
     given = rule.fused(p.query_bhqd.dtype) if rule.fused is not None else None
     function, derivative = given or elementwise.load(rule.function)
-    bias_h: Tensor | None = None
-    if isinstance(bias, str):
-        bias_h = p.parameters[bias]
-    elif bias is not None:
-        bias_h = p.query_bhqd.new_full((p.query_bhqd.shape[1],), bias, dtype=torch.float32)
-    return triton_elementwise.attend(
+    output = triton_elementwise.attend(
         p.query_bhqd,
         p.key_bgkd,
         p.value_bgkd,
         function=function,
         derivative=derivative,
-        normalize=bool(rule.normalize),
+        normalize=rule.normalize,
         eps=rule.eps,
         scale=p.scale,
-        bias_h=bias_h,
+        bias_h=score_bias(p),
         window=p.spec.window,
+        prefix=p.prefix,
+        **position(p),
     )
+    if p.spec.output_scale != 1.0:
+        output = output * p.spec.output_scale
+    bias = p.spec.output_bias
+    return output if bias is None else output + per_head(p.parameters[bias]).to(output.dtype)
+
+
+def score_bias(p: Problem) -> Tensor | None:
+    """What is added to all scores of a head, [h]."""
+    bias = p.spec.score_bias
+    if isinstance(bias, str):
+        return p.parameters[bias]
+    if bias is None:
+        return None
+    return p.query_bhqd.new_full((p.query_bhqd.shape[1],), bias, dtype=torch.float32)
+
+
+def position(p: Problem) -> dict[str, Tensor]:
+    """The position bias as the kernels take it: slopes [h], or a table [h, n] of the distances from the
+    farthest key ahead, in a prefix, to the first key. Gradients go on through what computed them."""
+    bias = p.position_bias
+    if bias is None:
+        return {}
+    if bias.slope is not None:
+        return {"slope_h": bias.slope(p.heads, p.position_parameters)}
+    length = p.query_bhqd.shape[2]
+    ahead = max(min(p.prefix, length) - 1, 0)
+    distance = torch.arange(-ahead, length, device=p.query_bhqd.device)[None]
+    return {"table_hn": bias.function(distance, p.heads, p.position_parameters)[:, 0]}

@@ -1,0 +1,253 @@
+"""The backward kernels of elementwise attention; see ``triton_elementwise`` for the formulas and shapes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sinkbench.attention.triton_blocks import (
+    add_position,
+    at_rows,
+    dot,
+    key_range,
+    load_position,
+    load_rows,
+    query_range,
+    visible,
+)
+
+
+@triton.jit
+def divide_gradient(
+    do_ptr, o_ptr, r_ptr, out_ptr, delta_ptr,
+    stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot,
+    stride_outb, stride_outh, stride_outt, heads, length,
+    NORMALIZE: tl.constexpr, WIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dO / r, which stands for dO in the rest of the backward pass, and D = sum_d (dO / r) O. For
+    r = max(|z|, 1), D comes with the derivative sign(z) [|z| > 1]."""
+    pair = tl.program_id(1)
+    head, batch = pair % heads, (pair // heads).to(tl.int64)
+    do_ptr += batch * stride_dob + head.to(tl.int64) * stride_doh
+    o_ptr += batch * stride_ob + head.to(tl.int64) * stride_oh
+    out_ptr += batch * stride_outb + head.to(tl.int64) * stride_outh
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < length
+    first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
+    r = tl.load(r_ptr + pair.to(tl.int64) * length + rows, mask=inside, other=1.0)
+    inverse = 1.0 / r
+    if NORMALIZE == 2:
+        inverse = 1.0 / tl.maximum(tl.abs(r), 1.0)
+    do0 = load_rows(do_ptr, rows, first, stride_dot, length, True, WIDE).to(tl.float32) * inverse[:, None]
+    delta = tl.sum(do0 * load_rows(o_ptr, rows, first, stride_ot, length, True, WIDE).to(tl.float32), 1)
+    out_rows = out_ptr + at_rows(rows, stride_outt, WIDE)
+    tl.store(out_rows + first[None, :], do0.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    if D1 > 1:
+        do1 = (
+            load_rows(do_ptr, rows, second, stride_dot, length, True, WIDE).to(tl.float32) * inverse[:, None]
+        )
+        delta += tl.sum(do1 * load_rows(o_ptr, rows, second, stride_ot, length, True, WIDE).to(tl.float32), 1)
+        tl.store(out_rows + second[None, :], do1.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    if NORMALIZE == 2:
+        delta *= tl.where(r > 1.0, 1.0, tl.where(r < -1.0, -1.0, 0.0))
+    tl.store(delta_ptr + pair.to(tl.int64) * length + rows, delta, mask=inside)
+
+
+@triton.jit
+def _backward_keys_block(
+    at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope,
+    q_ptr, do_ptr, delta_ptr, stride_qt, stride_dot, first, second,
+    length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
+    SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    rows = at + tl.arange(0, BLOCK_Q)
+    q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
+    do0 = load_rows(do_ptr, rows, first, stride_dot, length, True, WIDE)
+    s = dot(k0, tl.trans(q0), None, PRECISION)
+    dp = dot(v0, tl.trans(do0), None, PRECISION)
+    if D1 > 1:
+        q1 = load_rows(q_ptr, rows, second, stride_qt, length, True, WIDE)
+        do1 = load_rows(do_ptr, rows, second, stride_dot, length, True, WIDE)
+        s = dot(k1, tl.trans(q1), s, PRECISION)
+        dp = dot(v1, tl.trans(do1), dp, PRECISION)
+    s = s * scale + bias
+    s = add_position(s, rows[None, :], keys[:, None], position_ptr, slope, ahead, count, POSITION)
+    p = F(s)
+    ds = DF(s, p)
+    if MASK:
+        allowed = visible(rows[None, :], keys[:, None], window, prefix, WINDOW, PREFIX)
+        p = tl.where(allowed, p, 0.0)
+        ds = tl.where(allowed, ds, 0.0)
+    if NORMALIZE:
+        dp -= tl.load(delta_ptr + rows, mask=rows < length, other=0.0)[None, :]
+    ds = ds * dp
+    db += tl.sum(tl.sum(ds, 1), 0)
+    if SLOPE_GRADIENT:
+        distance = tl.abs(rows[None, :] - keys[:, None]).to(tl.float32)
+        dslope -= tl.sum(tl.sum(ds * distance, 1), 0)
+    p = p.to(q0.dtype)
+    ds = ds.to(q0.dtype)
+    dv0 = dot(p, do0, dv0, PRECISION)
+    dk0 = dot(ds, q0, dk0, PRECISION)
+    if D1 > 1:
+        dv1 = dot(p, do1, dv1, PRECISION)
+        dk1 = dot(ds, q1, dk1, PRECISION)
+    return dk0, dk1, dv0, dv1, db, dslope
+
+
+@triton.jit
+def backward_keys(
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, delta_ptr, bias_ptr, position_ptr, db_ptr, dslope_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
+    stride_dkb, stride_dkh, stride_dkt,
+    heads, group, length, scale, window, prefix, ahead, count,
+    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
+    POSITION: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradients of one block of keys and values, for the queries of one head: those of a kv head's
+    other heads are added outside."""
+    block, pair = tl.program_id(0), tl.program_id(1)
+    head = pair % heads
+    batch = (pair // heads).to(tl.int64)
+    q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
+    do_ptr += batch * stride_dob + head.to(tl.int64) * stride_doh
+    k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + (head // group).to(tl.int64) * stride_vh
+    position_ptr += head.to(tl.int64) * count
+    dk_ptr += batch * stride_dkb + head.to(tl.int64) * stride_dkh
+    dv_ptr += batch * stride_dkb + head.to(tl.int64) * stride_dkh
+    delta_ptr += pair.to(tl.int64) * length
+    keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
+    k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
+    v0 = load_rows(v_ptr, keys, first, stride_vt, length, True, WIDE)
+    k1 = load_rows(k_ptr, keys, second, stride_kt, length, D1 > 1, WIDE)
+    v1 = load_rows(v_ptr, keys, second, stride_vt, length, D1 > 1, WIDE)
+    dk0 = tl.zeros([BLOCK_K, D0], tl.float32)
+    dv0 = tl.zeros([BLOCK_K, D0], tl.float32)
+    dk1 = tl.zeros([BLOCK_K, D1], tl.float32)
+    dv1 = tl.zeros([BLOCK_K, D1], tl.float32)
+    db = 0.0
+    dslope = 0.0
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + head)
+    slope = load_position(position_ptr, POSITION)
+    # Queries beyond the end, in the last block, have a gradient of 0.
+    start, masked_end, end = query_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
+    for at in range(start, masked_end, BLOCK_Q):
+        dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
+            at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr,
+            stride_qt, stride_dot, first, second,
+            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, True, PRECISION, WIDE, D1,
+            BLOCK_Q)  # fmt: skip
+    for at in range(masked_end, end, BLOCK_Q):
+        dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
+            at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr,
+            stride_qt, stride_dot, first, second,
+            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, False, PRECISION, WIDE, D1,
+            BLOCK_Q)  # fmt: skip
+    inside = (keys < length)[:, None]
+    at_keys = at_rows(keys, stride_dkt, WIDE)
+    tl.store(dk_ptr + at_keys + first[None, :], (dk0 * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+    tl.store(dv_ptr + at_keys + first[None, :], dv0.to(dv_ptr.dtype.element_ty), mask=inside)
+    if D1 > 1:
+        tl.store(dk_ptr + at_keys + second[None, :], (dk1 * scale).to(dk_ptr.dtype.element_ty), mask=inside)
+        tl.store(dv_ptr + at_keys + second[None, :], dv1.to(dv_ptr.dtype.element_ty), mask=inside)
+    if BIAS:
+        tl.store(db_ptr + pair.to(tl.int64) * tl.num_programs(0) + block, db)
+    if SLOPE_GRADIENT:
+        tl.store(dslope_ptr + pair.to(tl.int64) * tl.num_programs(0) + block, dslope)
+
+
+@triton.jit
+def _backward_queries_block(
+    at, rows, q0, q1, do0, do1, dq0, dq1, delta, k_ptr, v_ptr, stride_kt, stride_vt,
+    first, second, length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    keys = at + tl.arange(0, BLOCK_K)
+    k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
+    v0 = load_rows(v_ptr, keys, first, stride_vt, length, True, WIDE)
+    s = dot(q0, tl.trans(k0), None, PRECISION)
+    dp = dot(do0, tl.trans(v0), None, PRECISION)
+    if D1 > 1:
+        k1 = load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)
+        v1 = load_rows(v_ptr, keys, second, stride_vt, length, True, WIDE)
+        s = dot(q1, tl.trans(k1), s, PRECISION)
+        dp = dot(do1, tl.trans(v1), dp, PRECISION)
+    s = s * scale + bias
+    s = add_position(s, rows[:, None], keys[None, :], position_ptr, slope, ahead, count, POSITION)
+    ds = DF(s, F(s))
+    if MASK:
+        ds = tl.where(visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX), ds, 0.0)
+    if NORMALIZE:
+        dp -= delta[:, None]
+    ds = ds * dp
+    ds = ds.to(q0.dtype)
+    dq0 = dot(ds, k0, dq0, PRECISION)
+    if D1 > 1:
+        dq1 = dot(ds, k1, dq1, PRECISION)
+    return dq0, dq1
+
+
+@triton.jit
+def backward_queries(
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, delta_ptr, bias_ptr, position_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
+    stride_dqb, stride_dqh, stride_dqt,
+    heads, group, length, scale, window, prefix, ahead, count,
+    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
+    POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    head = pair % heads
+    batch = (pair // heads).to(tl.int64)
+    q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
+    do_ptr += batch * stride_dob + head.to(tl.int64) * stride_doh
+    dq_ptr += batch * stride_dqb + head.to(tl.int64) * stride_dqh
+    k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + (head // group).to(tl.int64) * stride_vh
+    position_ptr += head.to(tl.int64) * count
+    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
+    q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
+    do0 = load_rows(do_ptr, rows, first, stride_dot, length, True, WIDE)
+    q1 = load_rows(q_ptr, rows, second, stride_qt, length, D1 > 1, WIDE)
+    do1 = load_rows(do_ptr, rows, second, stride_dot, length, D1 > 1, WIDE)
+    dq0 = tl.zeros([BLOCK_Q, D0], tl.float32)
+    dq1 = tl.zeros([BLOCK_Q, D1], tl.float32)
+    inside = rows < length
+    delta = tl.zeros([BLOCK_Q], tl.float32)
+    if NORMALIZE:
+        delta = tl.load(delta_ptr + pair.to(tl.int64) * length + rows, mask=inside, other=0.0)
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + head)
+    slope = load_position(position_ptr, POSITION)
+    start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
+    for at in range(start, unmasked, BLOCK_K):
+        dq0, dq1 = _backward_queries_block(
+            at, rows, q0, q1, do0, do1, dq0, dq1, delta, k_ptr, v_ptr, stride_kt, stride_vt,
+            first, second, length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, D1, BLOCK_K)  # fmt: skip
+    for at in range(unmasked, end, BLOCK_K):
+        dq0, dq1 = _backward_queries_block(
+            at, rows, q0, q1, do0, do1, dq0, dq1, delta, k_ptr, v_ptr, stride_kt, stride_vt,
+            first, second, length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, D1, BLOCK_K)  # fmt: skip
+    dq_rows = dq_ptr + at_rows(rows, stride_dqt, WIDE)
+    tl.store(dq_rows + first[None, :], (dq0 * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
+    if D1 > 1:
+        tl.store(dq_rows + second[None, :], (dq1 * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])

@@ -1,0 +1,112 @@
+"""What the Triton kernels of attention share: loads, masks, biases, and which blocks see one another.
+
+What a variant does not need is switched off at compile time. WINDOW: a query sees the newest ``window`` keys
+only. PREFIX: the first ``prefix`` positions, at most the length, see one another. POSITION: 0 for no bias by
+distance, 1 for -slope |i - j|, 2 for a table over the distances from ``-ahead`` on. WIDE: offsets within a
+tensor exceed 32 bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SLOPE = 1
+TABLE = 2
+
+
+@triton.jit
+def at_rows(rows, stride, WIDE: tl.constexpr):
+    """Offsets of the rows of a matrix, [t, 1]."""
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return rows[:, None] * stride
+
+
+@triton.jit
+def load_rows(base, rows, columns, stride, length, PRESENT: tl.constexpr, WIDE: tl.constexpr):
+    """Rows of a [t, d] matrix as a block, zero beyond the end and for a part that is not present."""
+    inside = (rows < length)[:, None] & PRESENT
+    return tl.load(base + at_rows(rows, stride, WIDE) + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def dot(a, b, c, PRECISION: tl.constexpr):
+    return tl.dot(a, b, c, input_precision=PRECISION)
+
+
+@triton.jit
+def load_position(position_ptr, POSITION: tl.constexpr):
+    """A head's slope. A table is read by distance."""
+    slope = 0.0
+    if POSITION == 1:
+        slope = tl.load(position_ptr)
+    return slope
+
+
+@triton.jit
+def add_position(s, row, key, table_ptr, slope, ahead, count, POSITION: tl.constexpr):
+    """Scores and their bias by distance. ``row`` and ``key`` broadcast to the shape of the scores."""
+    if POSITION == 1:
+        s -= slope * tl.abs(row - key).to(tl.float32)
+    if POSITION == 2:
+        # Positions beyond the end lie beyond the table: what they read does not count.
+        s += tl.load(table_ptr + tl.minimum(tl.maximum(row - key + ahead, 0), count - 1))
+    return s
+
+
+@triton.jit
+def visible(row, key, window, prefix, WINDOW: tl.constexpr, PREFIX: tl.constexpr):
+    """Whether a query sees a key. ``row`` and ``key`` broadcast to the shape of the scores."""
+    allowed = row >= key
+    if WINDOW:
+        allowed = allowed & (row - key < window)
+    if PREFIX:
+        allowed = allowed | ((row < prefix) & (key < prefix))
+    return allowed
+
+
+@triton.jit
+def key_range(
+    block, length, window, prefix,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """First and last key that a block of queries sees; in between, the end of the keys that every query of
+    the block sees, which begin with the first."""
+    row = block * BLOCK_Q
+    start = row * 0
+    unmasked = row // BLOCK_K * BLOCK_K
+    end = tl.minimum(length, row + BLOCK_Q)
+    if WINDOW:
+        start = tl.maximum(0, row - window + 1) // BLOCK_K * BLOCK_K
+        unmasked = start
+    if PREFIX:
+        start = tl.where(row < prefix, 0, start)
+        end = tl.where(row < prefix, tl.maximum(end, prefix), end)
+        if WINDOW:
+            unmasked = start
+        else:
+            unmasked = tl.where(row + BLOCK_Q <= prefix, prefix // BLOCK_K * BLOCK_K, unmasked)
+    return start, unmasked, end
+
+
+@triton.jit
+def query_range(
+    block, length, window, prefix,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """First and last query that sees some key of a block; in between, the first of those that see every key
+    of it, which go on to the last."""
+    key = block * BLOCK_K
+    start = key // BLOCK_Q * BLOCK_Q
+    end = length
+    if WINDOW:
+        end = tl.minimum(length, key + BLOCK_K + window)
+    masked_end = tl.minimum(end, tl.cdiv(key + BLOCK_K, BLOCK_Q) * BLOCK_Q)
+    if PREFIX:
+        start = tl.where(key < prefix, 0, start)
+        end = tl.where(key < prefix, tl.maximum(end, prefix), end)
+        masked_end = tl.where(key + BLOCK_K <= prefix, 0, masked_end)
+    if WINDOW:
+        masked_end = end
+    return start, masked_end, end

@@ -1,0 +1,103 @@
+"""The forward kernel of elementwise attention; see ``triton_elementwise`` for the formulas and shapes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sinkbench.attention.triton_blocks import (
+    add_position,
+    at_rows,
+    dot,
+    key_range,
+    load_position,
+    load_rows,
+    visible,
+)
+
+
+@triton.jit
+def _forward_block(
+    at, rows, q0, q1, o0, o1, r, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
+    length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+    F: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
+    PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    D1: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    keys = at + tl.arange(0, BLOCK_K)
+    k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
+    s = dot(q0, tl.trans(k0), None, PRECISION)
+    if D1 > 1:
+        s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
+    s = s * scale + bias
+    p = F(add_position(s, rows[:, None], keys[None, :], position_ptr, slope, ahead, count, POSITION))
+    if MASK:
+        p = tl.where(visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX), p, 0.0)
+    if NORMALIZE:
+        r += tl.sum(p, 1)
+    p = p.to(q0.dtype)
+    o0 = dot(p, load_rows(v_ptr, keys, first, stride_vt, length, True, WIDE), o0, PRECISION)
+    if D1 > 1:
+        o1 = dot(p, load_rows(v_ptr, keys, second, stride_vt, length, True, WIDE), o1, PRECISION)
+    return o0, o1, r
+
+
+@triton.jit
+def forward(
+    q_ptr, k_ptr, v_ptr, o_ptr, r_ptr, bias_ptr, position_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
+    heads, group, length, scale, eps, window, prefix, ahead, count,
+    F: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The outputs of one block of queries, and with NORMALIZE what their rows are divided by: 1 for the sum
+    + eps, 2 for max(|sum|, 1), of which the sum is stored."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # longest rows first
+    pair = tl.program_id(1)
+    head, batch = pair % heads, (pair // heads).to(tl.int64)
+    q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
+    o_ptr += batch * stride_ob + head.to(tl.int64) * stride_oh
+    k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
+    v_ptr += batch * stride_vb + (head // group).to(tl.int64) * stride_vh
+    position_ptr += head.to(tl.int64) * count
+    rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
+    q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
+    q1 = load_rows(q_ptr, rows, second, stride_qt, length, D1 > 1, WIDE)
+    o0 = tl.zeros([BLOCK_Q, D0], tl.float32)
+    o1 = tl.zeros([BLOCK_Q, D1], tl.float32)
+    r = tl.zeros([BLOCK_Q], tl.float32)
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + head)
+    slope = load_position(position_ptr, POSITION)
+    start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
+    for at in range(start, unmasked, BLOCK_K):
+        o0, o1, r = _forward_block(
+            at, rows, q0, q1, o0, o1, r, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
+            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, D1, BLOCK_K,
+        )  # fmt: skip
+    for at in range(unmasked, end, BLOCK_K):
+        o0, o1, r = _forward_block(
+            at, rows, q0, q1, o0, o1, r, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
+            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, D1, BLOCK_K,
+        )  # fmt: skip
+    inside = rows < length
+    if NORMALIZE:
+        r_rows = r_ptr + pair.to(tl.int64) * length + rows
+        if NORMALIZE == 2:
+            tl.store(r_rows, r, mask=inside)
+            r = tl.maximum(tl.abs(r), 1.0)
+        else:
+            r += eps
+            tl.store(r_rows, r, mask=inside)
+        o0 = o0 / r[:, None]
+        o1 = o1 / r[:, None]
+    o_rows = o_ptr + at_rows(rows, stride_ot, WIDE)
+    tl.store(o_rows + first[None, :], o0.to(o_ptr.dtype.element_ty), mask=inside[:, None])
+    if D1 > 1:
+        tl.store(o_rows + second[None, :], o1.to(o_ptr.dtype.element_ty), mask=inside[:, None])

@@ -1,0 +1,93 @@
+"""The gradient of a bias that is read from a table by the distance of query and key.
+
+Blocks of scores at the same distance, along a diagonal of blocks, hold the same distances at the same places.
+So one program sums dS over such a diagonal, without atomics, and what is left, a block for each diagonal, is
+summed along its own diagonals in torch: memory grows with the length, and no sum depends on an order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sinkbench.attention.triton_blocks import add_position, dot, load_rows, visible
+
+
+@triton.jit
+def table_gradient(
+    q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, bias_ptr, table_ptr, out_ptr,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+    stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
+    batches, heads, group, length, scale, window, prefix, ahead, count, first_diagonal,
+    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
+    PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dS summed over one diagonal of blocks and every ``num_programs(2)``-th sequence, [BLOCK, BLOCK]."""
+    diagonal = first_diagonal + tl.program_id(0)
+    head, part = tl.program_id(1), tl.program_id(2)
+    group_head = (head // group).to(tl.int64)
+    table_ptr += head.to(tl.int64) * count
+    first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
+    within = tl.arange(0, BLOCK)
+    bias = 0.0
+    if BIAS:
+        bias = tl.load(bias_ptr + head)
+    start = tl.maximum(0, -diagonal)
+    end = tl.cdiv(length, BLOCK) - tl.maximum(0, diagonal)
+    if PREFIX:  # ahead of the query there is nothing but the prefix
+        end = tl.where(diagonal < 0, tl.minimum(end, tl.cdiv(prefix, BLOCK)), end)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for sequence in range(part, batches, tl.num_programs(2)):
+        batch = tl.full((), 0, tl.int64) + sequence
+        q = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
+        do = do_ptr + batch * stride_dob + head.to(tl.int64) * stride_doh
+        k = k_ptr + batch * stride_kb + group_head * stride_kh
+        v = v_ptr + batch * stride_vb + group_head * stride_vh
+        row_delta = delta_ptr + (batch * heads + head) * length
+        for block in range(start, end):
+            rows, keys = (block + diagonal) * BLOCK + within, block * BLOCK + within
+            q0 = load_rows(q, rows, first, stride_qt, length, True, WIDE)
+            do0 = load_rows(do, rows, first, stride_dot, length, True, WIDE)
+            k0 = load_rows(k, keys, first, stride_kt, length, True, WIDE)
+            v0 = load_rows(v, keys, first, stride_vt, length, True, WIDE)
+            s = dot(q0, tl.trans(k0), None, PRECISION)
+            dp = dot(do0, tl.trans(v0), None, PRECISION)
+            if D1 > 1:
+                q1 = load_rows(q, rows, second, stride_qt, length, True, WIDE)
+                do1 = load_rows(do, rows, second, stride_dot, length, True, WIDE)
+                k1 = load_rows(k, keys, second, stride_kt, length, True, WIDE)
+                v1 = load_rows(v, keys, second, stride_vt, length, True, WIDE)
+                s = dot(q1, tl.trans(k1), s, PRECISION)
+                dp = dot(do1, tl.trans(v1), dp, PRECISION)
+            s = add_position(s * scale + bias, rows[:, None], keys[None, :], table_ptr, 0.0, ahead, count, 2)
+            if NORMALIZE:
+                dp -= tl.load(row_delta + rows, mask=rows < length, other=0.0)[:, None]
+            seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
+            total += tl.where(seen, DF(s, F(s)) * dp, 0.0)
+    program = (part * heads + head) * tl.num_programs(0) + tl.program_id(0)
+    out = out_ptr + program.to(tl.int64) * BLOCK * BLOCK
+    tl.store(out + within[:, None] * BLOCK + within[None, :], total)
+
+
+def along_diagonals(blocks_hnrc: Tensor, first_diagonal: int, ahead: int, count: int) -> Tensor:
+    """Sums of equal distances, [h, count], from distance ``-ahead`` on.
+
+    Args:
+        blocks_hnrc: for each diagonal of blocks from ``first_diagonal`` on, by query and key of a block.
+    """
+    heads, size = blocks_hnrc.shape[0], blocks_hnrc.shape[-1]
+    # With the keys reversed a distance is an antidiagonal, and a row that is one element too long moves each
+    # of them into a column.
+    skewed = pad(blocks_hnrc.flip(-1), (0, size)).flatten(2)[..., : size * (2 * size - 1)]
+    sums = skewed.unflatten(-1, (size, 2 * size - 1)).sum(2)
+    halves = pad(sums, (0, 1)).unflatten(-1, (2, size))
+    by_distance = pad(halves[:, :, 0], (0, 0, 0, 1)) + pad(halves[:, :, 1], (0, 0, 1, 0))
+    nearest = first_diagonal * size - (size - 1)
+    flat = by_distance.flatten(1)
+    out = flat.new_zeros(heads, count)
+    low, high = max(nearest, -ahead), min(nearest + flat.shape[1], count - ahead)
+    out[:, low + ahead : high + ahead] = flat[:, low - nearest : high - nearest]
+    return out
