@@ -58,6 +58,7 @@ __all__ = [
     "ScoreBias",
     "Softmax",
     "WeightRule",
+    "attention",
     "hookimpl",
 ]
 
@@ -390,6 +391,62 @@ class PositionalSpec:
     embedding: Callable[[], torch.nn.Module] | None = None
     rotary: Rotary | None = None
     score_bias: ScoreBias | None = None
+
+
+def attention(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    position_bias: ScoreBias | None = None,
+    position_parameters: Mapping[str, Tensor] | None = None,
+    prefix: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Causal attention O = A V as declared, by the fastest program that can compute it here, as a model in
+    training does; gradients of all tensors included. What a declaration says of the layer around it
+    (``head_transform``, ``output_gate``, ``combine``, ``sink_token``) is not part of it, nor are the
+    projections and the rotary embedding.
+
+    Args:
+        spec: the declaration, such as a plugin's ``build`` returns.
+        query: [b, h, t, d]; any strides.
+        key, value: [b, g, t, d], for h a multiple of g; query heads h/g i .. h/g (i + 1) - 1 use kv head i.
+        parameters: a tensor for each parameter that the declaration names, of the declared shape.
+        position_bias: added to the scores, such as a positional plugin's.
+        position_parameters: a tensor for each of its parameters.
+        prefix: the first so many positions see one another.
+        backend: "auto", or the backend that shall compute it: "sdpa", "flex", "linear", "triton", "eager".
+
+    Returns:
+        [b, h, t, d] of the value's dtype.
+
+    Raises:
+        PluginError: shapes, dtypes or parameters do not fit the declaration or one another.
+        RecipeError: the named backend cannot compute it; the message lists what it lacks.
+
+    Example:
+        >>> import torch
+        >>> spec = AttentionSpec(rule=Softmax(sink_logit=0.0), window=128)
+        >>> query, key, value = torch.randn(3, 1, 8, 256, 64)
+        >>> attention(spec, query, key, value).shape
+        torch.Size([1, 8, 256, 64])
+    """
+    from sinkbench.attention import operation
+
+    return operation.attention(
+        spec,
+        query,
+        key,
+        value,
+        parameters=parameters or {},
+        position_bias=position_bias,
+        position_parameters=position_parameters or {},
+        prefix=prefix,
+        backend=backend,
+    )
 
 
 # --- loss and data ------------------------------------------------------------------------------

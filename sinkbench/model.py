@@ -105,7 +105,10 @@ def _use(config: Config, positional: PositionalSpec, loss: LossSpec) -> Use:
         head_size=config.model.head_dim,
         split_sequence=config.parallel.context > 1,
         position_bias=positional.score_bias is not None,
+        learned_bias=positional.score_bias is not None and bool(positional.score_bias.parameters),
         prefix=loss.bidirectional_prefix > 0,
+        half=config.train.precision == "bf16",
+        deterministic=config.train.deterministic,
     )
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sinkbench.api import AttentionSpec
-from sinkbench.attention import fused, reference, sdpa
+from sinkbench.attention import flash, flex, fused, linear, reference, sdpa
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
 
@@ -25,14 +25,24 @@ class Use:
         device: "cpu" or "cuda".
         split_sequence: queries are not the positions of the keys (context parallelism).
         position_bias: a positional plugin adds a bias to the scores.
+        learned_bias: that bias has parameters.
         prefix: a loss plugin lets the first positions see one another.
+        half: queries, keys and values are bf16 or fp16.
+        deterministic: the same gradients bit for bit, each time.
     """
 
     device: str
     head_size: int
     split_sequence: bool = False
     position_bias: bool = False
+    learned_bias: bool = False
     prefix: bool = False
+    half: bool = True
+    deterministic: bool = False
+
+
+def _always(spec: AttentionSpec, use: Use) -> bool:
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +50,36 @@ class Backend:
     """Attributes:
     missing: what a declaration in this use asks for that this backend cannot do; empty if it can.
     run: computes O [b, h, q, d].
+    preferred: whether ``auto`` takes it where it can do the job.
     """
 
     name: str
     missing: Callable[[AttentionSpec, Use], list[str]]
     run: Callable[[Problem], Tensor]
+    preferred: Callable[[AttentionSpec, Use], bool] = _always
+
+
+def _missing_flex(spec: AttentionSpec, use: Use) -> list[str]:
+    lacks = {
+        "attention on a CPU, where it holds T x T scores": use.device == "cpu",
+        "a sequence split by context parallelism": use.split_sequence,
+        "the same gradient of a learned position bias each time": use.deterministic and use.learned_bias,
+    }
+    return [*(what for what, wanted in lacks.items() if wanted), *flex.missing(spec, use.head_size)]
+
+
+def _sdpa_needs_a_mask(spec: AttentionSpec, use: Use) -> bool:
+    kernel = flash.has_kernel(use.device, use.head_size, use.half, spec.window is not None)
+    return sdpa.needs_mask(spec, bias=use.position_bias, prefix=use.prefix, has_kernel=kernel)
+
+
+def _missing_linear(spec: AttentionSpec, use: Use) -> list[str]:
+    lacks = {
+        "a sequence split by context parallelism": use.split_sequence,
+        "a position bias": use.position_bias,
+        "a bidirectional prefix": use.prefix,
+    }
+    return [*(what for what, wanted in lacks.items() if wanted), *linear.missing(spec)]
 
 
 def _missing_triton(spec: AttentionSpec, use: Use) -> list[str]:
@@ -57,31 +92,47 @@ def _missing_triton(spec: AttentionSpec, use: Use) -> list[str]:
 
 
 BACKENDS = (
+    Backend(name="flex", missing=_missing_flex, run=flex.run, preferred=_sdpa_needs_a_mask),
     Backend(name="sdpa", missing=lambda spec, use: sdpa.missing(spec), run=sdpa.run),
+    Backend(name="linear", missing=_missing_linear, run=linear.run),
     Backend(name="triton", missing=_missing_triton, run=fused.run),
     Backend(name="eager", missing=lambda spec, use: [], run=reference.attend),
 )
-"""Fastest first."""
+"""Fastest first, where preferred."""
 
 
-def choose(spec: AttentionSpec, use: Use, requested: str) -> Backend:
+def choose(spec: AttentionSpec, use: Use, requested: str, *, where: str = "model.backend") -> Backend:
     """The fastest backend that can compute the declaration, or the requested one.
 
+    Args:
+        requested: the name of a backend, or "auto".
+        where: what an error calls the request.
+
     Raises:
-        RecipeError: the requested backend cannot; the message lists what it lacks.
+        RecipeError: there is no such backend, or it cannot; the message lists what it lacks.
     """
+    if requested != "auto":
+        return _named(spec, use, requested, where)
     for backend in BACKENDS:
-        if requested not in ("auto", backend.name):
+        if not backend.preferred(spec, use):
             continue
         missing = backend.missing(spec, use)
         if not missing:
             return backend
-        if requested == "auto" and missing[-1].endswith(fused.NO_FORM) and os.environ.get("RANK", "0") == "0":
+        if missing[-1].endswith(fused.NO_FORM) and os.environ.get("RANK", "0") == "0":
             _log.warning("attention is computed in plain torch because of %s", missing[-1])
-        if requested != "auto":
-            raise RecipeError(
-                "model.backend",
-                f"{requested} cannot compute {' or '.join(missing)}, which model.attention declares",
-                "write auto or eager",
-            )
     raise AssertionError("the eager backend computes every declaration")
+
+
+def _named(spec: AttentionSpec, use: Use, name: str, where: str) -> Backend:
+    known = {backend.name: backend for backend in BACKENDS}
+    if name not in known:
+        raise RecipeError(where, f"there is no backend {name}", f"write auto or one of {', '.join(known)}")
+    missing = known[name].missing(spec, use)
+    if missing:
+        raise RecipeError(
+            where,
+            f"{name} cannot compute {' or '.join(missing)}, which the attention needs here",
+            "write auto or eager",
+        )
+    return known[name]

@@ -79,13 +79,13 @@ def allowed_qk(position_q: Tensor, position_k: Tensor, window: int | None = None
 def weights(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """Attention weights [b, h, q, k], zero where masked, and those of the extra slot [b, h, q], if
     there is one; float32, or float64 for such inputs."""
-    p = _mapped(problem)
+    p = mapped(problem)
     return _weights(p, p.query_bhqd, p.position_q)
 
 
 def attend(problem: Problem) -> Tensor:
     """O = A V. Returns [b, h, q, d] of the values' dtype."""
-    p = _mapped(problem)
+    p = mapped(problem)
     batch, heads, length, _ = p.query_bhqd.shape
     rows = max(1, BLOCK_ELEMENTS // (batch * heads * p.position_k.numel()))
     if length <= rows:
@@ -100,18 +100,19 @@ def attend(problem: Problem) -> Tensor:
     return output if bias is None else output + per_head(p.parameters[bias]).to(output.dtype)
 
 
-def _mapped(p: Problem) -> Problem:
+def mapped(p: Problem) -> Problem:
+    """Queries, keys and the extra slot's key after the feature map, if there is one."""
     feature_map = p.spec.feature_map
     if feature_map is None:
         return p
     needed = {name: p.parameters[name] for name in feature_map.parameters}
     slot = p.spec.extra_slot
-    mapped = {} if slot is None else {slot.key: feature_map.function(p.parameters[slot.key], needed)}
+    mapped_slot = {} if slot is None else {slot.key: feature_map.function(p.parameters[slot.key], needed)}
     return replace(
         p,
         query_bhqd=feature_map.function(p.query_bhqd, needed),
         key_bgkd=feature_map.function(p.key_bgkd, needed),
-        parameters={**p.parameters, **mapped},
+        parameters={**p.parameters, **mapped_slot},
     )
 
 

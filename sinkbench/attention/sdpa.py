@@ -1,12 +1,14 @@
 """Softmax attention by torch's fused kernels.
 
-An extra slot and a sink logit are one more term each in the sum of the softmax. Where the mask is causal they
-join it afterwards, through the log-sum-exp of the rows; else they are one more key each.
+An extra slot and a sink logit are one more term each in the sum of the softmax. They join it afterwards,
+through the log-sum-exp of the rows, where a flash kernel computes that; else, with a mask, they are one more
+key each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sinkbench.api import AttentionSpec, Softmax
-from sinkbench.attention.flash import causal_attention, gated, has_kernel
+from sinkbench.attention.flash import attention, gated, has_kernel
 from sinkbench.attention.reference import (
     Problem,
     allowed_qk,
@@ -34,23 +36,74 @@ def missing(spec: AttentionSpec) -> list[str]:
     return [what for what, wanted in lacks.items() if wanted]
 
 
+def has_more(spec: AttentionSpec) -> bool:
+    """There are terms in the sum of the softmax beside the keys."""
+    return spec.extra_slot is not None or (
+        isinstance(spec.rule, Softmax) and spec.rule.sink_logit is not None
+    )
+
+
+def needs_mask(spec: AttentionSpec, *, bias: bool, prefix: bool, has_kernel: bool) -> bool:
+    """Whether torch's kernels compute it with a mask of T x T only.
+
+    Args:
+        bias: there is a position bias.
+        prefix: the first positions see one another.
+        has_kernel: whether there is a flash kernel, with a window if the declaration has one.
+    """
+    windowed = spec.window is not None
+    return bias or (windowed and (prefix or not has_kernel)) or (has_more(spec) and not has_kernel)
+
+
 def run(p: Problem) -> Tensor:
     """O [b, h, q, d]. A score bias that is the same for all keys leaves a plain softmax as it is, so it is
     not computed there."""
-    assert isinstance(p.spec.rule, Softmax)
-    causal = p.aligned and p.spec.window is None and not p.prefix and p.position_bias is None
-    more = p.spec.extra_slot is not None or p.spec.rule.sink_logit is not None
-    if more and causal and has_kernel(p.query_bhqd):
-        output = _causal_with_more(p)
-    elif more:
-        output = _masked_with_more(p)
+    query = p.query_bhqd
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    kernel = has_kernel(query.device.type, query.shape[-1], half, p.spec.window is not None)
+    bias, more = p.position_bias is not None, has_more(p.spec)
+    masked = not p.aligned or needs_mask(p.spec, bias=bias, prefix=p.prefix > 0, has_kernel=kernel)
+    if masked:
+        output = _masked_with_more(p) if more else _attend(p, p.key_bgkd, p.value_bgkd, _mask(p), False)
+    elif more or p.spec.window is not None:
+        output = with_more(p, *_with_lse(p))
     else:
-        mask = None if causal else _mask(p)
-        output = _attend(p, p.key_bgkd, p.value_bgkd, mask, causal)
+        output = _plain(p)
+    return scaled_and_biased(p, output)
+
+
+def scaled_and_biased(p: Problem, output: Tensor) -> Tensor:
+    """The output [b, h, q, d] with the declared scale and bias."""
     if p.spec.output_scale != 1.0:
         output = output * p.spec.output_scale
     bias = p.spec.output_bias
     return output if bias is None else output + per_head(p.parameters[bias]).to(output.dtype)
+
+
+def _plain(p: Problem) -> Tensor:
+    """Causal. The queries of a prefix that sees itself see it and nothing else, so that they are an
+    attention of their own."""
+    output = _attend(p, p.key_bgkd, p.value_bgkd, None, True)
+    if not p.prefix:
+        return output
+    first = replace(p, query_bhqd=p.query_bhqd[:, :, : p.prefix])
+    within = _attend(first, p.key_bgkd[:, :, : p.prefix], p.value_bgkd[:, :, : p.prefix], None, False)
+    return torch.cat([within, output[:, :, p.prefix :]], 2)
+
+
+def _with_lse(p: Problem) -> tuple[Tensor, Tensor]:
+    """The same, or over a window, with the log-sum-exp of the rows."""
+    per_group = p.query_bhqd.shape[1] // p.key_bgkd.shape[1]
+    key, value = (x.repeat_interleave(per_group, 1) for x in (p.key_bgkd, p.value_bgkd))
+    output, lse = attention(p.query_bhqd, key, value, p.scale, window=p.spec.window)
+    if not p.prefix:
+        return output, lse
+    query, key, value = (x[:, :, : p.prefix] for x in (p.query_bhqd, key, value))
+    within, within_lse = attention(query, key, value, p.scale, causal=False)
+    return (
+        torch.cat([within, output[:, :, p.prefix :]], 2),
+        torch.cat([within_lse, lse[:, :, p.prefix :]], 2),
+    )
 
 
 def _attend(p: Problem, key_bgkd: Tensor, value_bgkd: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -75,12 +128,14 @@ def _mask(p: Problem) -> Tensor:
     return bias.masked_fill(~allowed, float("-inf")).to(p.query_bhqd.dtype)[None]
 
 
-def _causal_with_more(p: Problem) -> Tensor:
-    per_group = p.query_bhqd.shape[1] // p.key_bgkd.shape[1]
-    key, value = (x.repeat_interleave(per_group, 1) for x in (p.key_bgkd, p.value_bgkd))
-    output, lse = causal_attention(p.query_bhqd, key, value, p.scale)
+def with_more(p: Problem, output: Tensor, lse: Tensor) -> Tensor:
+    """The output [b, h, q, d] after the extra slot and the sink logit have joined the sum of the softmax,
+    which lse [b, h, q] is the logarithm of."""
+    if not has_more(p.spec):
+        return output
     slot, slot_score, value_of_slot = p.spec.extra_slot, None, None
     if slot is not None:
+        per_group = p.query_bhqd.shape[1] // p.key_bgkd.shape[1]
         slot_key = per_kv_head(p, p.parameters[slot.key]).repeat_interleave(per_group, 1)
         slot_score = (p.query_bhqd.to(lse.dtype) * slot_key.to(lse.dtype)).sum(-1) * p.scale
         value_of_slot = None if slot.value is None else slot_value(p)

@@ -37,6 +37,8 @@ def surface() -> Iterator[str]:
         elif inspect.isclass(value):
             yield f"class {name}({', '.join(base.__name__ for base in value.__bases__)})"
             yield from _methods(value)
+        elif inspect.isfunction(value):
+            yield f"function {name}{inspect.signature(value)}"
         elif name != "API_VERSION":
             yield f"value {name}: {type(value).__name__}" + (f" = {value!r}" if _plain(value) else "")
 
