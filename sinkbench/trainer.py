@@ -161,6 +161,9 @@ class Trainer:
         if self.source.tokenizer is not None:
             keep_tokenizer(self.source.tokenizer, self.folder.path)
         self.sinks = open_sinks(self.config, self.folder.path, start)
+        if self.config.log.progress:
+            backend = self.declared.backend.name
+            print(f"{self.config.name}: attention by the {backend} backend", file=sys.stderr, flush=True)
 
     def _resume(self) -> int:
         checkpoint = newest_good(self.store, self.layout, self.config.checkpoint.verify)
