@@ -63,6 +63,10 @@ FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_in_a_home)]
 """A path, in which ~ is the user's home."""
 
 
+Fusion = Literal["loss", "layer", "optimizer"]
+FUSIONS: tuple[Fusion, ...] = ("loss", "layer", "optimizer")
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
@@ -301,6 +305,9 @@ class TrainConfig(Section):
     on_spike: Literal["log", "skip", "stop"] = "log"
     """what to do about a loss above the running mean by spike_sigmas deviations."""
     spike_sigmas: PositiveFloat = 6.0
+    fused: Literal["auto"] | list[Fusion] = "auto"
+    """parts that run in fewer kernels and less memory, with the same results: the loss, a layer's
+    norms and activations, the optimizer's update. auto: all of them on CUDA, none on a CPU."""
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a card."""

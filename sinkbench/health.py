@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from sinkbench.config import TrainConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sinkbench.megatron.training import StepResult
 
 MEMORY = 100
@@ -67,11 +69,10 @@ class Health:
         self.skipped = 0
         """Steps without an update since the last one with."""
 
-    def accept(self, loss: float) -> bool:
-        """Whether the parameters may be updated from a step's gradients."""
-        if not math.isfinite(loss):
-            return False
-        return self.config.on_spike == "log" or not self._is_spike(loss)
+    def acceptable(self, loss: Tensor) -> Tensor:
+        """Whether the parameters may be updated from a step's gradients, bool, on the loss's device."""
+        limit = math.inf if self.config.on_spike == "log" else self._limit
+        return loss.isfinite() & (loss <= limit)
 
     def _is_spike(self, loss: float) -> bool:
         return loss > self._limit

@@ -27,7 +27,10 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
     Args:
         data: fingerprint of the data source.
     """
-    parallel = declared.context.config.parallel
+    from sinkbench.megatron import fusions
+
+    config = declared.context.config
+    parallel = config.parallel
     return {
         "sinkbench": sinkbench.__version__,
         "git": git_commit(Path(sinkbench.__file__).parent),
@@ -40,6 +43,7 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
         "processes": layout.world_size,
         "parallel": {**parallel.model_dump(), "data": layout.data_size},
         "attention_backend": declared.backend.name,
+        "fused": sorted(fusions.chosen(config, layout.device)),
         "plugins": {
             chosen.path: {
                 "name": chosen.plugin.name,

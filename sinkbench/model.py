@@ -150,6 +150,7 @@ def _prefix(declared: Declarations) -> int:
 def build_stages(config: Config, declared: Declarations, layout: Layout) -> list[Any]:
     """This rank's pipeline stages (one, unless the pipeline is interleaved) with their initial
     weights, on the layout's device: sinkbench.megatron.network.Network each."""
+    from sinkbench.megatron import fusions
     from sinkbench.megatron.attention import AttentionParts
     from sinkbench.megatron.initialise import initialise
     from sinkbench.megatron.layer import LayerParts
@@ -163,8 +164,10 @@ def build_stages(config: Config, declared: Declarations, layout: Layout) -> list
         position_bias=declared.positional.score_bias,
         prefix=_prefix(declared),
     )
+    fused = fusions.chosen(config, layout.device)
     parts = LayerParts(
         attention=attention,
+        fused="layer" in fused,
         normalization=declared.normalization,
         ffn=config.model.ffn != "none",
         parallel_residual=config.model.parallel_residual,
@@ -184,6 +187,7 @@ def build_stages(config: Config, declared: Declarations, layout: Layout) -> list
             post_process=layout.pipeline_rank == last_rank and chunk == chunks - 1,
             vp_stage=chunk if chunks > 1 else None,
             pg_collection=layout.groups,
+            fused_loss="loss" in fused,
         )
         initialise(
             stage,

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "validation",
     "train.micro_batch_size",
     "train.recompute",
+    "train.fused",
     "train.max_minutes",
     "train.max_skipped_steps",
     "train.on_spike",

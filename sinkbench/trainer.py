@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -189,11 +190,14 @@ class Trainer:
     def _steps(self, start: int, batches: Iterator[list[Batch]]) -> None:
         config, steps = self.config, self.config.train.steps
         elapsed, counted = 0.0, 0
+        ready = deque([next(batches)])
         for step in range(start + 1, steps + 1):
             began = time.perf_counter()
             lr = self.engine.optimizer.param_groups[0]["lr"]
-            batch = next(batches)
-            result = self.engine.train_step(batch, wants_stop=self._wants_stop)
+            batch = ready.popleft()
+            result = self.engine.train_step(
+                batch, wants_stop=self._wants_stop, meanwhile=lambda: ready.append(next(batches))
+            )
             elapsed += time.perf_counter() - began
             counted += self.tokens_per_step
             self.tokens += self.tokens_per_step

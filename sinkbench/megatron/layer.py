@@ -23,6 +23,7 @@ from torch import Tensor
 from sinkbench.api import NormalizationSpec
 from sinkbench.megatron.attention import AttentionParts, SelfAttention
 from sinkbench.megatron.first_value import FirstValue
+from sinkbench.megatron.fusions import compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class LayerParts:
     normalization: NormalizationSpec
     ffn: bool
     parallel_residual: bool = False
+    fused: bool = False
+    """norms with the residual addition before them, and activations, are compiled."""
 
 
 def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> torch.nn.Module:
@@ -42,6 +45,53 @@ def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> 
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
+
+
+class FeedForward(MLP):  # type: ignore[misc]
+    """megatron's block, with the activation and its gate in one compiled function."""
+
+    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
+        """[s, b, n] -> the same shape, and a bias to add to it, if it has one."""
+        projected, bias = self.linear_fc1(hidden_states)
+        activate = compiled(gated_activation if self.config.gated_linear_unit else plain_activation)
+        output: tuple[Tensor, Tensor | None] = self.linear_fc2(
+            activate(projected, bias, self.activation_func)
+        )
+        return output
+
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def plain_activation(x: Tensor, bias: Tensor | None, function: Activation) -> Tensor:
+    return function(x if bias is None else x + bias)
+
+
+def gated_activation(x: Tensor, bias: Tensor | None, function: Activation) -> Tensor:
+    """The first half of the last dimension through the function, times the second half."""
+    gate, linear = (x if bias is None else x + bias).chunk(2, -1)
+    return function(gate) * linear
+
+
+def normed(norm: torch.nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = norm(x)
+    return result
+
+
+def sum_and_normed(norm: torch.nn.Module, x: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:
+    """The residual stream after an addition, and what the next sublayer reads of it."""
+    x = x + added
+    return x, norm(x)
+
+
+def sum_normed(norm: torch.nn.Module, x: Tensor, added: Tensor) -> Tensor:
+    result: Tensor = norm(x + added)
+    return result
+
+
+def sum_with_normed(norm: torch.nn.Module, x: Tensor, added: Tensor) -> Tensor:
+    result: Tensor = x + norm(added)
+    return result
 
 
 class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
@@ -65,6 +115,7 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         )
         self.location = submodules.normalization.location
         self.parallel_residual = submodules.parallel_residual
+        self.fused = submodules.fused
         self.attention = SelfAttention(config, submodules.attention, self.layer_number, pg_collection)
         self.to_next_stage: FirstValue | None = None
         """Set on the last layer of a stage whose followers need the values of layer 1."""
@@ -72,7 +123,8 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
             linear_fc1=tensor_parallel.ColumnParallelLinear,
             linear_fc2=tensor_parallel.RowParallelLinear,
         )
-        self.mlp = MLP(config, linears, tp_group=pg_collection.tp) if submodules.ffn else None
+        block = FeedForward if submodules.fused else MLP
+        self.mlp = block(config, linears, tp_group=pg_collection.tp) if submodules.ffn else None
         sublayers = ("attention", "mlp") if submodules.ffn else ("attention",)
         self.norms = torch.nn.ModuleDict(
             {
@@ -106,8 +158,13 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
             return attended
 
         if self.parallel_residual:
-            added = self._added(hidden_states, attention, "attention")
-            hidden_states = hidden_states + added + self._added(hidden_states, self._mlp, "mlp")
+            added = self._after_norm(hidden_states, attention, "attention")
+            hidden_states = hidden_states + added + self._after_norm(hidden_states, self._mlp, "mlp")
+        elif self.location == "pre" and self.mlp is not None:
+            added = self._after_norm(hidden_states, attention, "attention")
+            norm = self.norms["mlp_input"]
+            hidden_states, read = self._fuse(sum_and_normed)(norm, hidden_states, added)
+            hidden_states = hidden_states + self._dropout(self._mlp(read))
         else:
             hidden_states = self._around(hidden_states, attention, "attention")
             if self.mlp is not None:
@@ -124,14 +181,23 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         return biased
 
     def _around(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        after = f"{name}_output"
+        result: Tensor
         if self.location == "post":
-            added: Tensor = self.norms[f"{name}_output"](x + self._dropout(sublayer(x)))
-            return added
-        return x + self._added(x, sublayer, name)
+            result = self._fuse(sum_normed)(self.norms[after], x, self._dropout(sublayer(x)))
+            return result
+        added = self._after_norm(x, sublayer, name)
+        if self.location == "sandwich":
+            result = self._fuse(sum_with_normed)(self.norms[after], x, added)
+        else:
+            result = x + added
+        return result
 
-    def _added(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
-        output = self._dropout(sublayer(self.norms[f"{name}_input"](x)))
-        return self.norms[f"{name}_output"](output) if self.location == "sandwich" else output
+    def _after_norm(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
+        return self._dropout(sublayer(self._fuse(normed)(self.norms[f"{name}_input"], x)))
+
+    def _fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return compiled(function) if self.fused else function
 
     def _dropout(self, x: Tensor) -> Tensor:
         probability = self.config.hidden_dropout

@@ -8,6 +8,8 @@ Shapes: b sequence, s local position, n hidden size, v local vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
@@ -24,6 +26,7 @@ from sinkbench.megatron.first_value import FirstValue
 from sinkbench.megatron.initialise import seeded
 from sinkbench.megatron.layer import LayerParts, layer_specs, make_norm
 from sinkbench.megatron.sequence import local_positions
+from sinkbench.megatron.vocabulary_loss import Setting, token_losses
 
 
 class Embedding(MegatronModule):  # type: ignore[misc]
@@ -77,6 +80,24 @@ class Embedding(MegatronModule):  # type: ignore[misc]
         return words
 
 
+class OutputLayer(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
+    """The projection onto the vocabulary. It can give the losses at once; that is a call of this module too,
+    so that what megatron hooks to modules with parameters holds."""
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        losses_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits [s, b, v], or what ``losses_of`` makes of hidden states and weight."""
+        if losses_of is not None:
+            return losses_of(input_, self.weight if weight is None else weight), None
+        projected: tuple[Tensor, Tensor | None] = super().forward(input_, weight, runtime_gather_output)
+        return projected
+
+
 class Network(LanguageModule):  # type: ignore[misc]
     """One pipeline stage of the model.
 
@@ -84,6 +105,7 @@ class Network(LanguageModule):  # type: ignore[misc]
         vocab_size: padded size of the vocabulary.
         pre_process, post_process: this stage embeds tokens; this stage computes the loss.
         vp_stage: number of the model chunk within the rank, for the interleaved schedule.
+        fused_loss: the loss is computed without the logits of all tokens, see ``vocabulary_loss``.
     """
 
     def __init__(
@@ -100,8 +122,10 @@ class Network(LanguageModule):  # type: ignore[misc]
         post_process: bool,
         vp_stage: int | None,
         pg_collection: ProcessGroupCollection,
+        fused_loss: bool = False,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection)
+        self.fused_loss = fused_loss
         self.vp_stage = vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process = pre_process
@@ -134,7 +158,7 @@ class Network(LanguageModule):  # type: ignore[misc]
             self.final_norm = (
                 None if post_norm else make_norm(parts.normalization, config.hidden_size, config)
             )
-            self.output_layer = tensor_parallel.ColumnParallelLinear(
+            self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocab_size,
                 config=config,
@@ -183,15 +207,32 @@ class Network(LanguageModule):  # type: ignore[misc]
         if "targets" not in batch:
             return hidden
         hidden = hidden[self.leading :]
-        losses = self._token_losses(self.logits(hidden), batch["targets"][:, position])
-        return losses * batch["weights"][:, position]
+        targets, weights = batch["targets"][:, position], batch["weights"][:, position]
+        if self.fused_loss:
+            return self._fused_losses(hidden, targets, weights)
+        return self._token_losses(self.logits(hidden), targets) * weights
 
     def logits(self, normed_hidden_sbn: Tensor) -> Tensor:
         """This rank's part of the vocabulary, [s, b, v]."""
-        tied = self.share_embeddings_and_output_weights
-        weight = self.shared_embedding_or_output_weight() if tied else None
-        logits: Tensor = self.output_layer(normed_hidden_sbn, weight=weight)[0]
+        logits: Tensor = self.output_layer(normed_hidden_sbn, weight=self._tied_weight())[0]
         return logits
+
+    def _tied_weight(self) -> Tensor | None:
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else None
+
+    def _fused_losses(self, hidden_sbn: Tensor, targets_bs: Tensor, weights_bs: Tensor) -> Tensor:
+        setting = Setting(
+            group=self.tp_group,
+            z_loss=self.loss.z_loss,
+            sequence_parallel=self.config.sequence_parallel,
+        )
+
+        def losses_of(hidden: Tensor, weight: Tensor) -> Tensor:
+            return token_losses(hidden, weight, targets_bs, weights_bs, setting)
+
+        losses: Tensor = self.output_layer(hidden_sbn, weight=self._tied_weight(), losses_of=losses_of)[0]
+        return losses
 
     def _rotation(self, position: Tensor) -> Tensor | None:
         rotary = self.positional.rotary
@@ -201,14 +242,17 @@ class Network(LanguageModule):  # type: ignore[misc]
         return reference.rotation(position, rotated, rotary.base)
 
     def _token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        losses: Tensor = self.compute_language_model_loss(targets, logits)
-        if self.loss.z_loss:
-            losses = losses + self.loss.z_loss * self._log_partition(logits).square().transpose(0, 1)
-        return losses
+        if not self.loss.z_loss:
+            losses: Tensor = self.compute_language_model_loss(targets, logits)
+            return losses
+        # megatron's cross entropy overwrites float32 logits.
+        partition = self._log_partition(logits.to(torch.float32, copy=True))
+        losses = self.compute_language_model_loss(targets, logits)
+        return losses + self.loss.z_loss * partition.square().transpose(0, 1)
 
     def _log_partition(self, logits: Tensor) -> Tensor:
         """log sum exp over the whole vocabulary, [s, b]."""
-        local = logits.float().logsumexp(-1)
+        local = logits.logsumexp(-1)
         gathered = tensor_parallel.gather_from_tensor_model_parallel_region(
             local.unsqueeze(-1), group=self.tp_group
         )

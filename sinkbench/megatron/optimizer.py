@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from sinkbench.config import Config
 from sinkbench.megatron.settings import optimizer_config
@@ -48,23 +50,90 @@ def make_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
 
 
 @torch.no_grad()
-def update(optimizer: ChainedOptimizer) -> tuple[float, bool]:
-    """What megatron's ``step`` does, unless the gradient's norm is not finite: then parameters and
-    optimizer state stay as they are. The norm is that of the whole model, so that all ranks agree.
+def update(optimizer: ChainedOptimizer, acceptable: Tensor, *, fused: bool) -> tuple[Tensor, Tensor]:
+    """What megatron's ``step`` does, unless the step is not acceptable or the gradient's norm is not finite:
+    then parameters and optimizer state stay as they are. The norm is the whole model's, so all ranks agree.
+
+    Args:
+        acceptable: bool, on the device, the same on all ranks.
+        fused: clipping and update in one kernel, which itself heeds the decision: the host goes on at once.
+            Otherwise it waits for the decision.
 
     Returns:
-        The norm before clipping, and whether there was an update.
+        The norm before clipping, and whether there is an update, both on the device.
     """
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        return norm, False
-    for part in optimizer.chained_optimizers:
-        parameters = part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, norm)
+    norm = _gradient_norm(optimizer)
+    accepted = acceptable & norm.isfinite()
+    if not fused and not bool(accepted):
+        return norm, accepted
+    for part in distributed_optimizers(optimizer):
+        _choose(part, fused)
+        if fused:
+            _prepare_fused(part, norm, accepted)
+        elif part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, float(norm))
     optimizer.step_with_ready_grads()
-    return norm, True
+    return norm, accepted
+
+
+def _gradient_norm(optimizer: ChainedOptimizer) -> Tensor:
+    """Of the whole model, float32. megatron's own, without Apex, reads every parameter's to the host."""
+    squares = torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device())
+    for part in distributed_optimizers(optimizer):
+        gradients = part.get_main_grads_for_grad_norm()
+        if gradients:
+            squares += torch.stack(torch._foreach_norm(gradients)).square().sum()
+    dist.all_reduce(squares)  # each rank has its own shards of its own part of the model
+    return squares.sqrt()
+
+
+def _choose(part: DistributedOptimizer, fused: bool) -> None:
+    """Which of torch's forms of AdamW runs: a checkpoint brings the choice of the run that wrote it. The
+    fused form counts steps on the parameters' device, the others on the host."""
+    for group in part.optimizer.param_groups:
+        group["fused"], group["foreach"] = (True, False) if fused else (None, None)
+        for parameter in group["params"]:
+            state = part.optimizer.state[parameter]
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device if fused else "cpu")
+
+
+def _prepare_fused(part: DistributedOptimizer, norm: Tensor, accepted: Tensor) -> None:
+    """torch's fused AdamW divides gradients by ``grad_scale``, and does nothing where ``found_inf`` is 1."""
+    inner, clip = part.optimizer, part.config.clip_grad
+    inner.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)
+    inner.found_inf = (~accepted).float()
+
+
+def copy_together(optimizer: ChainedOptimizer) -> None:
+    """Lets the model's parameters be copied from the main ones in a few kernels, where megatron takes one
+    for each parameter."""
+    for part in distributed_optimizers(optimizer):
+        pairs = [
+            (main, _place_in_model(part, parameter))
+            for mains, parameters in (
+                (part.shard_fp32_from_float16_groups, part.model_float16_groups),
+                (part.shard_fp32_groups, part.model_fp32_groups),
+            )
+            for main_group, group in zip(mains, parameters, strict=True)
+            for main, parameter in zip(main_group, group, strict=True)
+        ]
+        part._copy_main_params_to_model_params = partial(_copy, pairs)
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    if pairs:
+        sources, targets = zip(*pairs, strict=True)
+        torch._foreach_copy_(targets, sources)
+
+
+def _place_in_model(part: DistributedOptimizer, parameter: torch.nn.Parameter) -> Tensor:
+    """This rank's shard of a parameter, where all-gathers take it from."""
+    place = part._get_model_param_range_map(parameter)["gbuf_world_in_bucket"]
+    buffer, _, bucket = part.model_param_gbuf_map[parameter]
+    data: Tensor = part.buffers[buffer].buckets[bucket].param_data.view(-1)[place.start : place.end]
+    return data
 
 
 def distributed_optimizers(optimizer: Any) -> list[DistributedOptimizer]:

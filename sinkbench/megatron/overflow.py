@@ -47,7 +47,8 @@ def first_overflow(engine: Engine, micro_batches: Sequence[Batch]) -> Overflow:
         micro_batches: this rank's, as they were trained on.
     """
     watch = _Watch(engine, len(micro_batches[0]["tokens"]), len(micro_batches))
-    with watch:
+    # Compiled functions would not call the hooks of modules within them.
+    with watch, torch.compiler.set_stance("force_eager"):
         engine.evaluate(micro_batches)
     seen: list[tuple[Place, int]] = _everywhere(watch.seen)
     if seen:

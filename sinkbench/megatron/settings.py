@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from sinkbench.config import Config
 from sinkbench.errors import RecipeError
 from sinkbench.feed_forward import ACTIVATIONS
+from sinkbench.megatron import fusions
 
 PASS_THROUGH = frozenset(
     {
@@ -30,6 +31,16 @@ PASS_THROUGH = frozenset(
     }
 )
 """Fields of TransformerConfig that take effect here and that no section of the recipe owns."""
+
+OF_EAGER_LOSS = frozenset(
+    {
+        "cross_entropy_fusion_impl",
+        "cross_entropy_loss_fusion",
+        "defer_embedding_wgrad_compute",
+        "wgrad_deferral_limit",
+    }
+)
+"""Those that take effect where train.fused has no loss."""
 
 
 def dtype(config: Config) -> torch.dtype:
@@ -53,10 +64,9 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         add_qkv_bias=model.linear_bias != "none",
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # Compiled at first use: worth it on a card alone.
-        cross_entropy_loss_fusion=device.type == "cuda",
-        cross_entropy_fusion_impl="native",
-        bias_activation_fusion=device.type == "cuda" and model.ffn == "swiglu",
+        # What runs fused is chosen in fusions.py. megatron's own fused loss rounds its gradient to bf16.
+        cross_entropy_loss_fusion=False,
+        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -82,6 +92,10 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         **_recompute(config.train.recompute),
     )
     fields |= _passed_through(model.megatron, set(fields))
+    if "loss" in fusions.chosen(config, device):
+        for name in sorted(OF_EAGER_LOSS & model.megatron.keys()):
+            remedy = "remove it, or leave loss out of train.fused"
+            raise RecipeError(f"model.megatron.{name}", "has no effect on the fused loss", remedy)
     try:
         return TransformerConfig(**fields)
     except (ValueError, AssertionError) as error:

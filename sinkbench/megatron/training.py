@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +21,9 @@ from torch import Tensor
 from sinkbench.api import Batch
 from sinkbench.config import Config
 from sinkbench.health import Health
+from sinkbench.megatron import fusions
 from sinkbench.megatron.network import Network
-from sinkbench.megatron.optimizer import make_optimizer, make_scheduler, update
+from sinkbench.megatron.optimizer import copy_together, make_optimizer, make_scheduler, update
 from sinkbench.megatron.parallel import Layout
 from sinkbench.megatron.sequence import local_positions
 
@@ -35,7 +35,7 @@ class StepResult:
     Attributes:
         loss: mean over the global batch's weighted tokens.
         tokens: how many had a weight above 0.
-        grad_norm: before clipping; NaN where the loss was refused before it was known.
+        grad_norm: before clipping.
         updated: whether the parameters were; if not, neither was the optimizer's state.
         stop: whether any rank asked to stop.
     """
@@ -59,10 +59,13 @@ class Engine:
         self._transformer.hidden_size = self.networks[0].sent_size
         self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
         self.optimizer = make_optimizer(config, self.stages)
+        self._fused_update = "optimizer" in fusions.chosen(config, layout.device)
+        if self._fused_update:
+            copy_together(self.optimizer)
         self.scheduler = make_scheduler(config, self.optimizer)
         self.health = Health(config.train)
         transformer = self._transformer
-        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = self.optimizer.scale_loss
         if config.parallel.overlap:
             no_sync = [stage.no_sync for stage in self.stages]
@@ -91,32 +94,51 @@ class Engine:
         micro_batches: Sequence[Batch],
         *,
         wants_stop: Callable[[], bool] = lambda: False,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """One update from this data-parallel rank's micro-batches (after the loss's transform). There is
         none if ``health`` refuses the loss or the gradient's norm is not finite; the schedule goes on.
 
         Args:
-            wants_stop: whether this rank asks the run to stop; asked once its gradients are there.
+            wants_stop: whether this rank asks the run to stop; asked once its gradients are under way.
+            meanwhile: called once all of the step's work is given to the device, before its numbers are read.
         """
         for stage in self.stages:
             stage.train()
             stage.zero_grad_buffer()
         self.optimizer.zero_grad()
         reports = self._run(micro_batches, forward_only=False)
-        loss, tokens, stop = self._totals(reports, stop=wants_stop())
-        grad_norm, updated = math.nan, False
-        if self.health.accept(loss):
-            grad_norm, updated = update(self.optimizer)
+        totals = self._totals(reports, stop=wants_stop())
+        acceptable = self.health.acceptable(totals[0])
+        grad_norm, updated = update(self.optimizer, acceptable, fused=self._fused_update)
         self.scheduler.step(1)
-        return StepResult(loss=loss, tokens=tokens, grad_norm=grad_norm, updated=updated, stop=stop)
+        meanwhile()
+        # The only time in a step that the host waits for the device.
+        numbers = torch.cat([totals, torch.stack([grad_norm, updated]).to(totals)]).tolist()
+        loss, tokens, votes, norm, was_updated = numbers
+        return StepResult(
+            loss=loss, tokens=int(tokens), grad_norm=norm, updated=was_updated > 0, stop=votes > 0
+        )
+
+    def _finalize_gradients(
+        self, stages: list[Any], tokens: Tensor | None, pg_collection: Any = None, **options: Any
+    ) -> None:
+        """megatron's, whose own division by the tokens of the whole batch would wait for their number."""
+        finalize_model_grads(stages, None, pg_collection=pg_collection, **options)
+        assert tokens is not None
+        groups = self.layout.groups
+        dist.broadcast(tokens, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+        dist.all_reduce(tokens, group=groups.dp_cp)
+        for stage in stages:
+            stage.scale_gradients(1 / tokens.clamp(min=1))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
         """Mean token loss over the micro-batches of all data-parallel ranks, and their tokens."""
         for stage in self.stages:
             stage.eval()
-        loss, tokens, _ = self._totals(self._run(micro_batches, forward_only=True))
-        return loss, tokens
+        loss, tokens, _ = self._totals(self._run(micro_batches, forward_only=True)).tolist()
+        return loss, int(tokens)
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[Batch]) -> None:
@@ -145,17 +167,17 @@ class Engine:
         )
         return reports
 
-    def _totals(self, reports: list[Tensor], *, stop: bool = False) -> tuple[float, int, bool]:
-        """Mean loss and tokens over all micro-batches, and whether any rank asks to stop, on all ranks: one
-        sum over the job, to which the last pipeline stage brings the losses, each once."""
+    def _totals(self, reports: list[Tensor], *, stop: bool = False) -> Tensor:
+        """Mean loss and tokens over all micro-batches, and how many ranks ask to stop, float64 [3], on all
+        ranks: one sum over the job, to which the last pipeline stage brings the losses, each once."""
         groups = self.layout.groups
         total = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
         if groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0:
             total[:2] = sum(reports[1:], reports[0])
         total[2] = float(stop)
         dist.all_reduce(total)
-        loss, tokens, votes = total.tolist()
-        return loss / max(tokens, 1.0), int(tokens), votes > 0
+        total[0] /= total[1].clamp(min=1)
+        return total
 
 
 def _forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Any]:

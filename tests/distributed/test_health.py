@@ -173,7 +173,7 @@ def warm(watched: Health, losses: int = MEMORY) -> None:
 def test_a_spike_is_logged_and_trained_on() -> None:
     watched = health()
     warm(watched)
-    assert watched.accept(4.0)
+    assert watched.acceptable(torch.tensor(4.0))
     trouble = watched.after(result(4.0))
     assert trouble is not None
     assert (trouble.event, trouble.stop) == ("spike", False)
@@ -184,7 +184,7 @@ def test_a_spike_is_logged_and_trained_on() -> None:
 def test_no_loss_is_a_spike_at_first() -> None:
     watched = health(on_spike="stop")
     warm(watched, MEMORY - 1)
-    assert watched.accept(1000.0)
+    assert watched.acceptable(torch.tensor(1000.0))
 
 
 def test_a_second_spike_is_one_too() -> None:
@@ -198,7 +198,7 @@ def test_a_second_spike_is_one_too() -> None:
 def test_a_spike_is_skipped_or_stops(policy: str, stops: bool) -> None:
     watched = health(on_spike=policy)
     warm(watched)
-    assert not watched.accept(4.0)
+    assert not watched.acceptable(torch.tensor(4.0))
     trouble = watched.after(result(4.0, updated=False))
     assert trouble is not None
     assert (trouble.event, trouble.stop) == ("skipped", stops)

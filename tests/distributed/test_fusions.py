@@ -1,0 +1,91 @@
+"""What runs fused gives what the plain form gives: losses, gradient norms and weights, under every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sinkbench.testing import RunDistributed
+from tests.distributed.runs import LAYOUTS, SWIGLU, prepare
+
+BATCH, STEPS = 8, 3
+TINY = (*SWIGLU, f"train.steps={STEPS}", "optim.warmup_steps=1", "train.micro_batch_size=2")
+PRE = ("model.normalization={name: rmsnorm, location: pre}",)
+SANDWICH = ("model.normalization={name: layernorm, location: sandwich}", "model.ffn=geglu")
+POST = ("model.normalization={name: layernorm, location: post}", "model={ffn: relu, linear_bias: all}")
+PARALLEL = ("model={parallel_residual: true, tie_embeddings: true, ffn: reglu}",)
+
+
+def trained(overrides: Sequence[str], z_loss: float = 0.0) -> tuple[list[float], list[float], list[Tensor]]:
+    """Losses, gradient norms, and this rank's weights after a few steps."""
+    from dataclasses import replace
+
+    from sinkbench.data.source import open_source
+    from sinkbench.megatron import parallel
+    from sinkbench.megatron.training import Engine
+    from sinkbench.model import build_stages, declare
+
+    config, resolved = prepare(overrides)
+    source = open_source(config)
+    declared = declare(config, resolved, source.vocab_size)
+    declared = replace(declared, loss=replace(declared.loss, z_loss=z_loss))
+    place = parallel.start(config)
+    engine = Engine(config, build_stages(config, declared, place), place)
+    losses, norms, share = [], [], BATCH // place.data_size
+    for step in range(STEPS):
+        tokens = torch.from_numpy(source.sequences(step * BATCH + place.data_rank * share, share)["tokens"])
+        result = engine.train_step([declared.loss.transform({"tokens": part}) for part in tokens.split(2)])
+        assert result.updated
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    weights = [p.detach().clone() for stage in engine.networks for p in stage.parameters()]
+    return losses, norms, weights
+
+
+def rank_compares(rank: int, world_size: int, overrides: Sequence[str], fused: str, tolerance: float) -> None:
+    plain = trained((*TINY, *overrides, "train.fused=[]"), z_loss=1e-2)
+    other = trained((*TINY, *overrides, f"train.fused={fused}"), z_loss=1e-2)
+    assert plain[0][0] != plain[0][-1]
+    torch.testing.assert_close(other[0], plain[0], rtol=tolerance, atol=0)
+    torch.testing.assert_close(other[1], plain[1], rtol=10 * tolerance, atol=0)
+    for mine, its in zip(other[2], plain[2], strict=True):
+        torch.testing.assert_close(mine, its, rtol=100 * tolerance, atol=100 * tolerance)
+
+
+def compare(run_distributed: RunDistributed, layout: str, *arguments: Any) -> None:
+    processes, overrides = LAYOUTS[layout] if layout else (1, ())
+    run_distributed(processes, rank_compares, (*overrides, *arguments[0]), *arguments[1:], timeout=280)
+
+
+@pytest.mark.parametrize("layout", ["sequence", *(pytest.param(name, marks=pytest.mark.full) for name in (
+    "", "tensor", "pipeline", "interleaved", "context", "data", "tensor pipeline"
+))])  # fmt: skip
+def test_the_loss_and_the_optimizer(run_distributed: RunDistributed, layout: str) -> None:
+    compare(run_distributed, layout, (), "[loss,optimizer]", 1e-5)
+
+
+@pytest.mark.parametrize("layout", ["", pytest.param("pipeline", marks=pytest.mark.full)])
+def test_tied_embeddings(run_distributed: RunDistributed, layout: str) -> None:
+    compare(run_distributed, layout, ("model.tie_embeddings=true",), "[loss,optimizer]", 1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ["", "sequence"])
+def test_bf16_is_near(run_distributed: RunDistributed, layout: str) -> None:
+    compare(run_distributed, layout, ("train.precision=bf16",), "[loss,optimizer]", 2e-3)
+
+
+@pytest.mark.parametrize("form", [PRE, *(pytest.param(form, marks=pytest.mark.full) for form in (
+    SANDWICH, POST, PARALLEL, ("train.recompute=full",)
+))])  # fmt: skip
+def test_norms_and_activations(run_distributed: RunDistributed, form: tuple[str, ...]) -> None:
+    compare(run_distributed, "", form, "[layer]", 1e-5)
+
+
+@pytest.mark.full
+def test_everything_at_once(run_distributed: RunDistributed) -> None:
+    compare(run_distributed, "tensor pipeline", SANDWICH, "[loss,layer,optimizer]", 1e-5)
