@@ -10,6 +10,8 @@ Shapes: b sequence of the batch, h head, q query, k key, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,7 +77,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
-        handed_over = _with_gradient(output, grad_output, grad_lse)
+        with_gradient = _compiled_with_gradient() if query.is_cuda else _with_gradient
+        handed_over = with_gradient(output, grad_output, grad_lse)
         tensors = (grad_output.contiguous(), query, key, value, handed_over, lse)
         if ctx.window is not None:
             gradients = _windowed_backward(tensors, ctx.rest, ctx.scale, ctx.window)
@@ -132,6 +135,11 @@ def _with_gradient(output: Tensor, grad_output: Tensor, grad_lse: Tensor) -> Ten
     square = unit.square().sum(-1, keepdim=True) * largest
     step = grad_lse[..., None] / square.where(square > 0, 1.0)
     return (output - step * unit).to(output.dtype)
+
+
+@cache
+def _compiled_with_gradient() -> Callable[..., Tensor]:
+    return torch.compile(_with_gradient)
 
 
 def gated(

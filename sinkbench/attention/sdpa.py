@@ -93,8 +93,7 @@ def _plain(p: Problem) -> Tensor:
 
 def _with_lse(p: Problem) -> tuple[Tensor, Tensor]:
     """The same, or over a window, with the log-sum-exp of the rows."""
-    per_group = p.query_bhqd.shape[1] // p.key_bgkd.shape[1]
-    key, value = (x.repeat_interleave(per_group, 1) for x in (p.key_bgkd, p.value_bgkd))
+    key, value = (_for_each_head(p, x) for x in (p.key_bgkd, p.value_bgkd))
     output, lse = attention(p.query_bhqd, key, value, p.scale, window=p.spec.window)
     if not p.prefix:
         return output, lse
@@ -133,20 +132,39 @@ def with_more(p: Problem, output: Tensor, lse: Tensor) -> Tensor:
     which lse [b, h, q] is the logarithm of."""
     if not has_more(p.spec):
         return output
-    slot, slot_score, value_of_slot = p.spec.extra_slot, None, None
+    slot, key, value = p.spec.extra_slot, None, None
     if slot is not None:
-        per_group = p.query_bhqd.shape[1] // p.key_bgkd.shape[1]
-        slot_key = per_kv_head(p, p.parameters[slot.key]).repeat_interleave(per_group, 1)
-        slot_score = (p.query_bhqd.to(lse.dtype) * slot_key.to(lse.dtype)).sum(-1) * p.scale
-        value_of_slot = None if slot.value is None else slot_value(p)
-    combine = _compiled_gate() if output.is_cuda else gated
-    result: Tensor = combine(output, lse, slot_score, value_of_slot, _sink_logit(p, lse))
+        key = _for_each_head(p, per_kv_head(p, p.parameters[slot.key]))
+        value = None if slot.value is None else slot_value(p)
+    join = _compiled_joined() if output.is_cuda else _joined
+    result: Tensor = join(output, lse, p.query_bhqd, key, value, _sink_logit(p, lse), p.scale)
     return result
 
 
+def _for_each_head(p: Problem, x_bgtd: Tensor) -> Tensor:
+    """[b, h, t, d] from what there is for each kv head."""
+    per_group = p.query_bhqd.shape[1] // x_bgtd.shape[1]
+    return x_bgtd if per_group == 1 else x_bgtd.repeat_interleave(per_group, 1)
+
+
+def _joined(
+    output: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    slot_key: Tensor | None,
+    slot_value: Tensor | None,
+    sink_logit: Tensor | None,
+    scale: float,
+) -> Tensor:
+    slot_score = None
+    if slot_key is not None:
+        slot_score = (query.to(lse.dtype) * slot_key.to(lse.dtype)).sum(-1) * scale
+    return gated(output, lse, slot_score, slot_value, sink_logit)
+
+
 @cache
-def _compiled_gate() -> Callable[..., Tensor]:
-    return torch.compile(gated)
+def _compiled_joined() -> Callable[..., Tensor]:
+    return torch.compile(_joined)
 
 
 def _sink_logit(p: Problem, like: Tensor) -> Tensor | None:
