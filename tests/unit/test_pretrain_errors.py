@@ -157,7 +157,7 @@ RUN_CASES = (
     Case(
         "sdpa with sigmoid",
         "command line: model.backend: sdpa cannot compute a similarity other than softmax, which "
-        "model.attention declares; write auto or eager",
+        "the attention needs here; write auto or eager",
         overrides=(NEW, "model.backend=sdpa", "model.attention=sigmoid"),
     ),
     Case(
