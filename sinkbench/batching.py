@@ -1,12 +1,29 @@
-"""How a global batch is cut into micro-batches."""
+"""How the processes of a job share a global batch, and how it is cut into micro-batches."""
 
 from __future__ import annotations
 
-from sinkbench.config import Config
-from sinkbench.errors import RecipeError
+from sinkbench.config import Config, ParallelConfig
+from sinkbench.errors import HostError, RecipeError
 
 DEFAULT_TOKENS = 2**15
 """Most tokens of a micro-batch when the recipe leaves its size open."""
+
+
+def data_parallel_size(parallel: ParallelConfig, processes: int) -> int:
+    """Replicas of the model.
+
+    Raises:
+        HostError: the model-parallel sizes do not divide the number of processes.
+    """
+    if processes % parallel.model_size:
+        raise HostError(
+            "parallel",
+            f"{processes} processes are not divisible by tensor {parallel.tensor} x pipeline "
+            f"{parallel.pipeline} x context {parallel.context} = {parallel.model_size}",
+            f"start a multiple of {parallel.model_size} processes (torchrun --nproc-per-node), or "
+            "change parallel",
+        )
+    return processes // parallel.model_size
 
 
 def micro_batch_size(config: Config, data_size: int) -> int:

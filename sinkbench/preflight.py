@@ -1,23 +1,30 @@
 """Checks of a run that need neither torch nor the data, so that what cannot start says so at once.
 
 What is certain to fail is refused: a launcher's environment that makes no sense, a folder that cannot be
-written, a model whose weights and gradients alone exceed the host's memory.
+written, a checkpoint to start from that is not there, sizes that alone exceed the host's memory.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import psutil
 
+from sinkbench.batching import data_parallel_size, micro_batch_size
+from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import Config
 from sinkbench.errors import HostError
 from sinkbench.flops import parameters, vocab_size
 from sinkbench.run_folder import folder_of, refuse_other_recipe
+from sinkbench.stopping import START_TIMEOUT
 
 LEAST_BYTES = 6
 """Of a parameter that is trained: its weight in bf16 and its gradient in fp32."""
+TOKEN_BYTES = 8
+"""Of a token in a batch."""
+ACTIVATION_BYTES = {"bf16": 2, "fp32": 4}
 _RESTART = "start with torchrun, or unset it"
 _LARGEST_PORT = 2**16 - 1
 _CUDA_DEVICE = Path("/dev/nvidiactl")
@@ -33,6 +40,7 @@ def check_launcher() -> None:
     rank = _whole_number("RANK", 0)
     _whole_number("LOCAL_WORLD_SIZE", 1)
     _whole_number("LOCAL_RANK", 0)
+    _whole_number(START_TIMEOUT, 1)
     port = _whole_number("MASTER_PORT", 0)
     if port is not None and port > _LARGEST_PORT:
         raise HostError("MASTER_PORT", f"{port} is no port", f"give one up to {_LARGEST_PORT}")
@@ -45,6 +53,17 @@ def check_launcher() -> None:
         raise HostError("RANK", f"it is {rank}, but {' and '.join(missing)} is not set", _RESTART)
     if world_size is not None and rank >= world_size:
         raise HostError("RANK", f"{rank} is not below WORLD_SIZE {world_size}", _RESTART)
+    _check_address(os.environ["MASTER_ADDR"])
+
+
+def _check_address(name: str) -> None:
+    try:
+        socket.getaddrinfo(name, None)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no name of a host"
+        problem = f"{name[:80]!r} cannot be resolved ({reason})"
+        remedy = "give the name or address of the host of rank 0, or start with torchrun"
+        raise HostError("MASTER_ADDR", problem, remedy) from error
 
 
 def _whole_number(name: str, least: int) -> int | None:
@@ -57,17 +76,27 @@ def _whole_number(name: str, least: int) -> int | None:
 
 
 def check_host(config: Config) -> None:
-    """Checks the run's folder and, for training on CPU, the memory.
+    """Checks the number of processes, the run's folder, what it starts from and, for training on CPU, the
+    memory.
 
     Raises:
-        HostError: the folder cannot be written; the model does not fit into memory.
-        RecipeError: the folder holds a run of another recipe.
+        HostError: the folder cannot be written; the processes do not suit the layout; it does not fit into
+            memory.
+        RecipeError: the folder holds a run of another recipe; the batch does not divide.
+        CheckpointError: the checkpoint to start from is absent or damaged.
     """
     folder = folder_of(config)
     _check_writable(folder)
     refuse_other_recipe(folder, config)
+    start = config.checkpoint.start_from
+    if start is not None and not CheckpointStore(folder / "checkpoints").steps():
+        open_checkpoint(Path(start).expanduser())
+    data_size = data_parallel_size(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
+    micro_batch = micro_batch_size(config, data_size)
     if config.train.device == "cpu" or (config.train.device == "auto" and not _CUDA_DEVICE.exists()):
-        _check_memory(config)
+        _check_weights(config)
+        _check_activations(config, micro_batch)
+        _check_batch(config, config.train.global_batch_size // data_size)
 
 
 def _check_writable(folder: Path) -> None:
@@ -91,14 +120,42 @@ def _exists(path: Path) -> bool:
     return True
 
 
-def _check_memory(config: Config) -> None:
+def _check_weights(config: Config) -> None:
     vocabulary = vocab_size(config)
     count = parameters(config.model, vocabulary if vocabulary is not None else 1)
     share = count // (config.parallel.tensor * config.parallel.pipeline)
-    needed = share * LEAST_BYTES * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sizes = f"num_layers {config.model.num_layers} and hidden_size {config.model.hidden_size}"
+    what = f"{sizes} make {count:,} parameters, which"
+    _check_memory("model", what, share * LEAST_BYTES, "lower its sizes, or use more hosts")
+
+
+def _check_activations(config: Config, micro_batch: int) -> None:
+    """The backward pass needs the input of every layer, or of one if the others are computed again. The
+    logits are not counted: a fused loss never holds them all."""
+    model, parallel = config.model, config.parallel
+    layers = 1 if config.train.recompute == "full" else model.num_layers // parallel.pipeline
+    values = micro_batch * model.seq_length * model.hidden_size * layers
+    share = values // (parallel.context * parallel.tensor)
+    what = f"{model.seq_length}: {layers} layers and a micro-batch of {micro_batch}, which"
+    remedy = "lower it or train.micro_batch_size, or set train.recompute=full"
+    _check_memory("model.seq_length", what, share * ACTIVATION_BYTES[config.train.precision], remedy)
+
+
+def _check_batch(config: Config, sequences: int) -> None:
+    """A rank holds the tokens of a whole step."""
+    length = config.model.seq_length
+    what = f"{config.train.global_batch_size} sequences of {length} tokens"
+    needed = sequences * length * TOKEN_BYTES
+    _check_memory("train.global_batch_size", what, needed, "lower it, or use more hosts")
+
+
+def _check_memory(where: str, what: str, needed: int, remedy: str) -> None:
+    """
+    Args:
+        needed: bytes, of one rank.
+    """
+    on_host = needed * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     there = psutil.virtual_memory().total
-    if needed > there:
-        sizes = f"num_layers {config.model.num_layers} and hidden_size {config.model.hidden_size}"
-        problem = f"{sizes} make {count:,} parameters, which need {needed / 1e9:,.0f} GB of memory, "
-        problem += f"and {there / 1e9:,.0f} GB are here"
-        raise HostError("model", problem, "lower its sizes, or use more hosts")
+    if on_host > there:
+        problem = f"{what} need {on_host / 1e9:,.0f} GB of memory, and {there / 1e9:,.0f} GB are here"
+        raise HostError(where, problem, remedy)

@@ -58,10 +58,12 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     resolved = plugins.resolve(config, plugins.discover(), loaded.provenance)
     try:
         preflight.check_host(config)
+        from sinkbench.data.source import open_source
 
+        source = open_source(config)  # before torch is imported, which takes seconds
         from sinkbench.trainer import train
 
-        summary = train(config, resolved)
+        summary = train(config, resolved, source)
     except SinkbenchError as error:
         raise recipe.locate(error, loaded.provenance) from error
     if summary and int(os.environ.get("RANK", "0")) == 0:

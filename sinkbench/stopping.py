@@ -1,4 +1,4 @@
-"""How a run is asked to end early: by a signal, or because its time is nearly up.
+"""How a run is asked to end early: by a signal, or because its time is nearly up or its start takes too long.
 
 Signals reach single processes; that all ranks stop at the same step is the training loop's affair.
 """
@@ -28,6 +28,9 @@ FIRST_SAVE_S = 30.0
 """What a save is taken to last until one has been seen, unless the limit itself is short."""
 SAFETY = 1.5
 """By how much the next step and save may take longer than the longest so far."""
+START_TIMEOUT = "SINKBENCH_START_TIMEOUT"
+"""Environment variable: seconds after which a start whose processes do not find one another ends."""
+_START_S = 300
 _NO_SIGNAL = 0
 _PR_SET_PDEATHSIG = 1
 
@@ -148,6 +151,11 @@ def _slurm_end(text: str) -> float:
         return float(text)
     except ValueError:
         raise HostError(SLURM_END, f"{text!r} is no time", "unset it, or give seconds since 1970") from None
+
+
+def start_timeout_s(environment: Mapping[str, str] = os.environ) -> int:
+    """How long the processes of a job have to find one another, in seconds."""
+    return int(environment.get(START_TIMEOUT, _START_S))
 
 
 def under_torchrun() -> bool:

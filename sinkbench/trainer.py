@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sinkbench import flops, manifest
 from sinkbench.api import Batch, LossSpec
-from sinkbench.batching import micro_batch_size
+from sinkbench.batching import data_parallel_size, micro_batch_size
 from sinkbench.checkpoint import CheckpointStore
 from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
@@ -44,10 +44,13 @@ SHOWN_SEQUENCES = 4
 """Most sequences of a bad batch that an error names."""
 
 
-def train(config: Config, resolved: Resolved) -> dict[str, Any]:
+def train(config: Config, resolved: Resolved, source: SequenceSource | None = None) -> dict[str, Any]:
     """Trains a recipe to its last step, from the newest checkpoint of its run folder if there is one.
 
     Every process of the job calls it.
+
+    Args:
+        source: of the recipe's data; default: it is opened here.
 
     Returns:
         The summary of the run, on the main process; an empty dict elsewhere.
@@ -59,10 +62,8 @@ def train(config: Config, resolved: Resolved) -> dict[str, Any]:
     from sinkbench.megatron import parallel
 
     deadline = Deadline(config.train.max_minutes)
-    processes = parallel.world_size()
-    parallel.check_world_size(config.parallel, processes)
-    micro_batch = micro_batch_size(config, processes // config.parallel.model_size)
-    source = open_source(config)
+    micro_batch = micro_batch_size(config, data_parallel_size(config.parallel, parallel.world_size()))
+    source = open_source(config) if source is None else source
     declared = declare(config, resolved, source.vocab_size)
     _check_needs(declared.loss, config, source)
     with parallel.running(config) as layout:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +16,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sinkbench.config import Config, ParallelConfig
-from sinkbench.errors import HostError
+from sinkbench.batching import data_parallel_size
+from sinkbench.config import Config
+from sinkbench.errors import EXIT_CODE, HostError
 from sinkbench.megatron import host
+from sinkbench.stopping import START_TIMEOUT, start_timeout_s
 
 TIMEOUT = timedelta(minutes=10)
 """After this a rank that waits for one it has a connection to, but that does not answer, gives up. The end of
 a process is noticed at once: by gloo from the connection, and by torchrun, which then ends the others."""
+
+_GRACE_S = 5
+"""For torch's own time-out to come first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +53,6 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_world_size(parallel: ParallelConfig, processes: int) -> None:
-    """Raises HostError if the model-parallel sizes do not divide the number of processes."""
-    if processes % parallel.model_size:
-        raise HostError(
-            "parallel",
-            f"{processes} processes are not divisible by tensor {parallel.tensor} x pipeline "
-            f"{parallel.pipeline} x context {parallel.context} = {parallel.model_size}",
-            f"start a multiple of {parallel.model_size} processes (torchrun --nproc-per-node), or "
-            "change parallel",
-        )
-
-
 def start(config: Config) -> Layout:
     """Joins the process group and lays out megatron's parallel groups over it.
 
@@ -63,7 +60,7 @@ def start(config: Config) -> Layout:
     rebuild the groups, so that one process can train, convert and measure in turn.
     """
     parallel = config.parallel
-    check_world_size(parallel, world_size())
+    data_parallel_size(parallel, world_size())
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise HostError("train.device", "cuda is not available here", "write auto or cpu")
     device = host.prepare(config.train.device)
@@ -99,29 +96,62 @@ def start(config: Config) -> Layout:
 
 def _init_process_group(device: torch.device) -> None:
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        try:
-            dist.init_process_group(backend, timeout=TIMEOUT, **_after_a_restart())
-        except (dist.DistError, ValueError) as error:
-            where = (
-                f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}, MASTER_PORT {os.environ.get('MASTER_PORT')}"
-            )
-            problem = f"the processes do not find one another ({(str(error).splitlines() or [''])[0][:200]})"
-            raise HostError(where, problem, "start with torchrun, or correct these") from error
+    if "RANK" not in os.environ:
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=TIMEOUT)
         return
-    alone = dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=TIMEOUT)
+    try:
+        store, rank, size = _rendezvous(start_timeout_s())
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        store.set_timeout(TIMEOUT)
+    except (dist.DistError, OSError, ValueError) as error:
+        raise _not_found((str(error).splitlines() or [""])[0][:200]) from error
 
 
-def _after_a_restart() -> dict[str, Any]:
-    """Where the ranks find one another: in a part of torchrun's store of their own, since it still has the
-    addresses of the ranks before a restart."""
+def _rendezvous(limit_s: int) -> tuple[Any, int, int]:
+    """Where the ranks find one another, this one's number, and how many there are. After a restart it is
+    another part of torchrun's store, which still has the addresses of the ranks before."""
+    if os.environ["RANK"] != "0":
+        _wait_for(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), limit_s)
+    # torch waits without a limit for what answers no request.
+    silent = threading.Timer(limit_s + _GRACE_S, _end, [_not_found("what listens there does not answer")])
+    silent.daemon = True
+    silent.start()
+    try:
+        limit = timedelta(seconds=limit_s)
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+    finally:
+        silent.cancel()
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts == "0":
-        return {}
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=TIMEOUT))  # type: ignore[attr-defined]
-    part = dist.PrefixStore(f"restart_{restarts}", store)  # type: ignore[attr-defined]
-    return {"store": part, "rank": rank, "world_size": world_size}
+    return dist.PrefixStore(f"start_{restarts}", store), rank, size  # type: ignore[attr-defined]
+
+
+def _wait_for(host_name: str, port: int, limit_s: int) -> None:
+    """Returns once something listens there: torch's own attempts print a stack trace each.
+
+    Raises:
+        OSError: nothing does within the limit.
+    """
+    until = time.monotonic() + limit_s
+    while True:
+        try:
+            socket.create_connection((host_name, port), timeout=limit_s).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
+def _not_found(reason: str) -> HostError:
+    where = f"MASTER_ADDR {os.environ.get('MASTER_ADDR')}, MASTER_PORT {os.environ.get('MASTER_PORT')}"
+    problem = f"the processes do not find one another within {start_timeout_s()} s ({reason})"
+    return HostError(where, problem, f"start with torchrun, correct these, or raise {START_TIMEOUT}")
+
+
+def _end(error: HostError) -> None:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
 
 
 def _seed(seed: int, parallel_state: Any, tensor_parallel: Any) -> None:

@@ -20,6 +20,7 @@ from sinkbench import plugins, recipe, recipe_yaml
 from sinkbench.errors import HostError, PluginError, RecipeError
 from sinkbench.preflight import check_launcher
 from sinkbench.recipe_files import shipped_root
+from sinkbench.stopping import START_TIMEOUT
 from tests.unit.test_wrong_input import contents
 
 SETTINGS = settings(
@@ -194,8 +195,17 @@ ENVIRONMENT = {
     "MASTER_PORT: 'http' is not a whole number": {"MASTER_PORT": "http"},
     "LOCAL_RANK: '1.5' is not a whole number": {"LOCAL_RANK": "1.5"},
     "LOCAL_WORLD_SIZE: 'all' is not a whole number": {"LOCAL_WORLD_SIZE": "all"},
+    "SINKBENCH_START_TIMEOUT: '5m' is not a whole number": {"SINKBENCH_START_TIMEOUT": "5m"},
 }
-LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    START_TIMEOUT,
+)
 
 
 @pytest.mark.parametrize("line", ENVIRONMENT)
@@ -220,6 +230,8 @@ PROCESSES: dict[str, tuple[list[str], dict[str, str]]] = {
         ["demo", "model.num_layers=1000", "model.hidden_size=1048576"],
         {},
     ),
+    "command line: model.seq_length: 67108864: 1 layers": (["demo", "model.seq_length=67108864"], {}),
+    "gone: no such folder; prepare it": (["demo", "data={source: indexed, train: gone}"], {}),
 }
 
 

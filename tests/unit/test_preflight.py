@@ -1,0 +1,119 @@
+"""What is refused before torch is imported: sizes beyond the memory, addresses, what a run starts from."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from sinkbench import recipe
+from sinkbench.config import Config
+from sinkbench.errors import CheckpointError, HostError, SinkbenchError
+from sinkbench.preflight import check_host, check_launcher
+
+HERE = (
+    "demo",
+    "name=new",
+    "train={device: cpu, precision: fp32, global_batch_size: 32, micro_batch_size: 8}",
+    "model={num_layers: 4, hidden_size: 64, num_attention_heads: 2, seq_length: 256}",
+)
+ACTIVATIONS = 8 * 256 * 64 * 4 * 4
+"""Sequences, tokens, hidden size, layers, bytes."""
+
+
+def config_of(folder: Path, *overrides: str) -> Config:
+    name, *values = (*HERE, *overrides, f"output_dir={folder}")
+    return recipe.to_config(recipe.load(name, values))
+
+
+def give_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=size))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed", "where"),
+    [
+        ((), ACTIVATIONS, "model.seq_length"),
+        (("train.precision=bf16",), ACTIVATIONS // 2, "model.seq_length"),
+        (("train.micro_batch_size=4",), ACTIVATIONS // 2, "model.seq_length"),
+        (("train.micro_batch_size=16",), 2 * ACTIVATIONS, "model.seq_length"),
+        (("train={recompute: full, global_batch_size: 8192}",), 8192 * 256 * 8, "train.global_batch_size"),
+    ],
+)
+def test_sizes_beyond_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str], needed: int, where: str
+) -> None:
+    config = config_of(tmp_path, *overrides)
+    give_memory(monkeypatch, needed)
+    check_host(config)
+    give_memory(monkeypatch, needed - 1)
+    with pytest.raises(HostError) as caught:
+        check_host(config)
+    assert caught.value.where == where
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    give_memory(monkeypatch, 2 * needed - 1)
+    with pytest.raises(HostError):
+        check_host(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (
+            ("model.seq_length=33554432",),
+            "model.seq_length: 33554432: 4 layers and a micro-batch of 8, which need 275 GB of memory, and "
+            "16 GB are here; lower it or train.micro_batch_size, or set train.recompute=full",
+        ),
+        (
+            ("train={global_batch_size: 16777216, micro_batch_size: null}",),
+            "train.global_batch_size: 16777216 sequences of 256 tokens need 34 GB of memory, and 16 GB are "
+            "here; lower it, or use more hosts",
+        ),
+        (
+            ("model.vocab_size=1000000000",),
+            "model: num_layers 4 and hidden_size 64 make ... parameters, which need 768 GB of memory, and 16 "
+            "GB are here; lower its sizes, or use more hosts",
+        ),
+        (
+            ("parallel.tensor=2",),
+            "parallel: 1 processes are not divisible by tensor 2 x pipeline 1 x context 1 = 2; ...",
+        ),
+        (("train.micro_batch_size=5",), "train.micro_batch_size: 5 does not divide the 32 sequences of ..."),
+        (
+            ("checkpoint.start_from=gone",),
+            "gone: there is no such checkpoint; name a folder checkpoints/step_N",
+        ),
+    ],
+)
+def test_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: Sequence[str], line: str
+) -> None:
+    give_memory(monkeypatch, 16 * 10**9)
+    with pytest.raises(SinkbenchError) as caught:
+        check_host(config_of(tmp_path, *overrides))
+    assert re.fullmatch(re.escape(line).replace(r"\.\.\.", ".*"), str(caught.value))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_starts_from_matters_once(tmp_path: Path) -> None:
+    config = config_of(tmp_path, f"checkpoint.start_from={tmp_path / 'gone'}")
+    with pytest.raises(CheckpointError):
+        check_host(config)
+    (tmp_path / "new" / "checkpoints" / "step_1").mkdir(parents=True)
+    check_host(config)
+
+
+def test_an_address_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> object:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    for name, text in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "node-7", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(HostError, match=r"^MASTER_ADDR: 'node-7' cannot be resolved"):
+        check_launcher()
