@@ -230,8 +230,11 @@ PROCESSES: dict[str, tuple[list[str], dict[str, str]]] = {
         ["demo", "model.num_layers=1000", "model.hidden_size=1048576"],
         {},
     ),
-    "command line: model.seq_length: 67108864: 1 layers": (["demo", "model.seq_length=67108864"], {}),
-    "gone: no such folder; prepare it": (["demo", "data={source: indexed, train: gone}"], {}),
+    "command line: model.seq_length: 67108864: 10 layers": (
+        ["default_60m", "model.seq_length=67108864", "train={device: cpu, micro_batch_size: 512}"],
+        {},
+    ),
+    "gone: no such folder; prepare it": (["default_60m", "data.train=gone"], {}),
 }
 
 
