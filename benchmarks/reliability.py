@@ -55,7 +55,7 @@ SOAK = (
     "measure={every: 500, count: 8}",
     "validation={every: 500, sequences: 8}",
 )
-SOAK_WARM_UP = 500
+SOAK_WARM_UP = 1000
 """Steps before memory is compared: allocators and caches fill."""
 TIMES = {"tokens_per_second", "mfu", "seconds"}
 BETWEEN_LINES_S = 0.1

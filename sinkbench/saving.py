@@ -1,10 +1,11 @@
 """Saves and restores checkpoints of a run, on all ranks together.
 
-A save has three parts. All ranks copy what they write to host memory, and training goes on (1). Each writes
-and hashes its files in a thread, while training goes on (2). Once every rank is known to be done, which is
-noticed between two steps, the main rank writes the index and gives the folder its name, in a thread again
-(3). Threads rather than processes: a fork of a process that uses CUDA is not safe, a new process costs
-seconds and another copy, and writing and hashing need Python's interpreter lock for moments only.
+A save has three parts. All ranks copy what they write to host memory, which they keep for the next save, and
+training goes on (1). Each writes and hashes its files in a thread meanwhile (2). Once every rank is known to
+be done, which is noticed between two steps, the main rank writes the index and gives the folder its name, in
+a thread again (3). Threads rather than processes: a fork of a process that uses CUDA is not safe, a new
+process costs seconds and another copy, and writing and hashing need Python's interpreter lock for moments
+only.
 """
 
 from __future__ import annotations

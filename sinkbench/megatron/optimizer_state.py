@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+from sinkbench.megatron.host_copies import HostCopies
 from sinkbench.megatron.optimizer import distributed_optimizers
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
@@ -54,21 +55,25 @@ def assign(state: Any, owners: Owners, group: dist.ProcessGroup) -> None:
             entry.replica_id = (*others, (rank - owners.get(entry.data, 0)) % group.size())
 
 
-def copy_to_host(state: Any) -> Any:
-    """Replaces what this rank writes of a sharded state by copies in host memory that nothing else holds."""
+def copy_to_host(state: Any, copies: HostCopies, *, lasting: bool = True) -> Any:
+    """Replaces what this rank writes of a sharded state by copies in host memory.
+
+    Args:
+        lasting: see ``HostCopies.copy``.
+    """
     apply_factories(state)
     for entry in nested_values(state):
         if isinstance(entry, ShardedTensor) and is_main_replica(entry.replica_id):
-            entry.data = entry.data.detach().contiguous().to("cpu", copy=True)
+            entry.data = copies.copy(entry.data, lasting=lasting)
     return state
 
 
 @contextmanager
-def gathered_by_owners(optimizer: Any, owners: Owners) -> Iterator[None]:
+def gathered_by_owners(optimizer: Any, owners: Owners, copies: HostCopies) -> Iterator[None]:
     """Within, ``optimizer.sharded_state_dict`` gathers as described above."""
     parts = distributed_optimizers(optimizer)
     for part in parts:
-        part.sharded_param_state_fully_reshardable = partial(_gather, part, owners)
+        part.sharded_param_state_fully_reshardable = partial(_gather, part, owners, copies)
     try:
         yield
     finally:
@@ -79,6 +84,7 @@ def gathered_by_owners(optimizer: Any, owners: Owners) -> Iterator[None]:
 def _gather(
     part: DistributedOptimizer,
     owners: Owners,
+    copies: HostCopies,
     model_state: Any,
     is_loading: bool = False,
     metadata: Any = None,
@@ -94,7 +100,9 @@ def _gather(
     ranges = _local_ranges(part)
     parameters = [parameter for buffer in part.buffers for parameter in buffer.param_index_map]
     return {
-        number: _states(part, parameter, described[parameter], owners[parameter], ranges.get(parameter))
+        number: _states(
+            part, parameter, described[parameter], owners[parameter], ranges.get(parameter), copies
+        )
         for number, parameter in enumerate(parameters)
     }
 
@@ -116,6 +124,7 @@ def _states(
     described: ShardedTensor | ShardedTensorFactory,
     owner: int,
     local: tuple[int, int] | None,
+    copies: HostCopies,
 ) -> dict[str, Any]:
     held = part._get_main_param_and_optimizer_states(parameter) if local is not None else {}
     # Where the first data-parallel replica is not the main one, another tensor-parallel rank or pipeline
@@ -132,7 +141,8 @@ def _states(
         if isinstance(described, ShardedTensor):
             changes["dtype"] = whole.dtype
         states[name] = replace(described, **changes)
-    copied: dict[str, Any] = copy_to_host(states)
+    gathered = part.data_parallel_group.size() > 1
+    copied: dict[str, Any] = copy_to_host(states, copies, lasting=not gathered)
     return copied
 
 
@@ -146,7 +156,8 @@ def _whole(
     """A state of one parameter, put together on its owner; None elsewhere."""
     if group.size() == 1:
         assert held is not None
-        return held.detach().float().view(parameter.shape)
+        assert held.dtype == torch.float32
+        return held.detach().view(parameter.shape)
     whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
     if held is not None and local is not None:
         whole[slice(*local)].copy_(held.detach())

@@ -61,7 +61,7 @@ megatron_torch._get_filesystem_reader = _safe_reader
 
 class Snapshot:
     """This rank's share of weights, optimizer, schedule and random states, in host memory: a copy, so that
-    training can go on while it is written.
+    training can go on while it is written. There is one of an engine at a time: the next has its memory.
 
     All ranks make one at the same time; nothing is written then. ``write`` and ``index`` are no collective
     calls, and may run in a thread.
@@ -70,11 +70,14 @@ class Snapshot:
     def __init__(self, engine: Engine) -> None:
         give_moments(engine.optimizer)
         owners, group = choose_owners(engine.optimizer), engine.layout.groups.dp_cp
+        self._copies = engine.copies
+        self._copies.begin()
         state = _model_state(engine.networks)
         assign(state, owners, group)
-        with gathered_by_owners(engine.optimizer, owners):
+        with gathered_by_owners(engine.optimizer, owners, self._copies):
             optimizer = engine.optimizer.sharded_state_dict(state, metadata=_OPTIMIZER_FORMAT)
-        copy_to_host(state)
+        copy_to_host(state, self._copies)
+        self._copies.end()
         state["optimizer"] = optimizer
         state["scheduler"] = engine.scheduler.state_dict()
         state["health"] = engine.health.state_dict()
@@ -85,11 +88,12 @@ class Snapshot:
         self._cancelled = threading.Event()
 
     def write(self, folder: Path) -> Written:
-        """Writes this rank's files, each by a thread. Memory is given back as it goes.
+        """Writes this rank's files, each by a thread.
 
         Raises:
             OSError: a file cannot be written, or ``cancel`` was called.
         """
+        self._copies.wait()
         written = Written()
         with ThreadPoolExecutor(_FILES_PER_RANK) as threads:
             for name, file, results in threads.map(lambda shard: self._write(folder, *shard), self._shards):

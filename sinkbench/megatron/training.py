@@ -22,6 +22,7 @@ from sinkbench.api import Batch
 from sinkbench.config import Config
 from sinkbench.health import Health
 from sinkbench.megatron import fusions
+from sinkbench.megatron.host_copies import HostCopies
 from sinkbench.megatron.network import Network
 from sinkbench.megatron.optimizer import copy_together, make_optimizer, make_scheduler, update
 from sinkbench.megatron.parallel import Layout
@@ -64,6 +65,7 @@ class Engine:
             copy_together(self.optimizer)
         self.scheduler = make_scheduler(config, self.optimizer)
         self.health = Health(config.train)
+        self.copies = HostCopies(layout.device)
         transformer = self._transformer
         transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = self.optimizer.scale_loss
@@ -110,6 +112,7 @@ class Engine:
         reports = self._run(micro_batches, forward_only=False)
         totals = self._totals(reports, stop=wants_stop())
         acceptable = self.health.acceptable(totals[0])
+        self.copies.hold_back()
         grad_norm, updated = update(self.optimizer, acceptable, fused=self._fused_update)
         self.scheduler.step(1)
         meanwhile()
