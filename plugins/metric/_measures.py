@@ -41,19 +41,26 @@ class Importance:
         """importance_raw and importance_proxy [b, h, k], and row_sum [b, h], the mean sum of a row."""
         length = capture.query_bhsd.shape[2]
         kept = min(self.positions, length)
-        sums: list[Tensor] = []
-        for start, weights_bhqk in capture.weight_blocks():
-            slot_bhq = capture.slot_bhq
-            slot_bhq = None if slot_bhq is None else slot_bhq[..., start : start + weights_bhqk.shape[2]]
-            block = self._block_sums(weights_bhqk, slot_bhq, start, kept)
-            sums = [total + part for total, part in zip(sums, block, strict=True)] if sums else block
-        raw_bhk, proxy_bhk, rows_bh = sums
+        if capture.key_sums is not None:
+            raw_bhk, proxy_bhk, row_bhq = capture.key_sums(kept, self.proxy_eps)
+            rows_bh = row_bhq.sum(-1)
+        else:
+            raw_bhk, proxy_bhk, rows_bh = self._summed_by_blocks(capture, kept)
         queries_k = torch.arange(length, length - kept, -1, device=raw_bhk.device)
         return {
             "importance_raw": raw_bhk / queries_k,
             "importance_proxy": proxy_bhk / queries_k,
             "row_sum": rows_bh / length,
         }
+
+    def _summed_by_blocks(self, capture: LayerCapture, kept: int) -> list[Tensor]:
+        sums: list[Tensor] = []
+        for start, weights_bhqk in capture.weight_blocks():
+            slot_bhq = capture.slot_bhq
+            slot_bhq = None if slot_bhq is None else slot_bhq[..., start : start + weights_bhqk.shape[2]]
+            block = self._block_sums(weights_bhqk, slot_bhq, start, kept)
+            sums = [total + part for total, part in zip(sums, block, strict=True)] if sums else block
+        return sums
 
     def _block_sums(
         self, weights_bhqk: Tensor, slot_bhq: Tensor | None, start: int, kept: int

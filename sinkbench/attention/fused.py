@@ -23,7 +23,7 @@ def missing(spec: AttentionSpec, head_size: int) -> list[str]:
         "weights that need whole rows": not isinstance(rule, Elementwise),
         "a feature map": spec.feature_map is not None,
         "an extra slot": spec.extra_slot is not None,
-        f"a head size of {head_size}": not _head_size_fits(head_size),
+        f"a head size of {head_size}": not head_size_fits(head_size),
     }
     return [what for what, wanted in lacks.items() if wanted]
 
@@ -39,7 +39,7 @@ def missing_function(rule: WeightRule) -> list[str]:
     return []
 
 
-def _head_size_fits(head_size: int) -> bool:
+def head_size_fits(head_size: int) -> bool:
     """Two powers of two from 16 on that add up to it, or one; at most 256."""
     first = 1 << (head_size.bit_length() - 1)
     second = head_size - first

@@ -69,6 +69,14 @@ FIXED = {
 }
 """By kernel and largest head size, as measured for sigmoid on an H100 (benchmarks/attention.py)."""
 
+FIXED_WITH_TABLE = {
+    "forward": Tiles(128, 64, 8, 2),
+    "keys": Tiles(32, 64, 4, 2),
+    "queries": Tiles(128, 64, 8, 2),
+}
+"""For head sizes up to 128, where a bias is read from a table: its entries take registers and shared memory.
+Chosen by what the compiler spills for an H100; not timed."""
+
 CANDIDATES = {
     "forward": (
         Tiles(128, 64, 4, 3),
@@ -83,6 +91,7 @@ CANDIDATES = {
         Tiles(64, 64, 4, 3),
         Tiles(64, 64, 4, 2),
         Tiles(32, 64, 4, 3),
+        Tiles(32, 64, 4, 2),
         Tiles(64, 128, 8, 2),
         Tiles(128, 64, 8, 2),
         Tiles(64, 64, 8, 2),
@@ -108,14 +117,18 @@ Launch = Callable[[Tiles], object]
 _chosen: dict[tuple[Any, ...], Tiles] = {}
 
 
-def fixed(kernel: str, head_size: int, dtype: torch.dtype) -> Tiles:
+def fixed(kernel: str, head_size: int, dtype: torch.dtype, *, table: bool = False) -> Tiles:
     """The sizes that are not tuned."""
     by_size = FIXED[kernel]
     found = by_size[min(size for size in by_size if size >= head_size)]
+    if table and head_size <= 128:
+        found = FIXED_WITH_TABLE[kernel]
     return found.halved() if dtype == torch.float32 else found
 
 
-def choose(kernel: str, query: Tensor, variant: Mapping[str, Any], launch: Launch) -> Tiles:
+def choose(
+    kernel: str, query: Tensor, variant: Mapping[str, Any], launch: Launch, *, table: bool = False
+) -> Tiles:
     """The sizes for a kernel's call.
 
     Args:
@@ -123,9 +136,10 @@ def choose(kernel: str, query: Tensor, variant: Mapping[str, Any], launch: Launc
         query: [b, h, t, d].
         variant: what else the speed depends on.
         launch: runs the kernel; it may run several times.
+        table: a bias is read from a table.
     """
     length, head_size = query.shape[2:]
-    default = fixed(kernel, head_size, query.dtype)
+    default = fixed(kernel, head_size, query.dtype, table=table)
     if not query.is_cuda or torch.are_deterministic_algorithms_enabled() or not _enabled():
         return default
     bucket = 1 << max(length - 1, 0).bit_length()

@@ -167,7 +167,7 @@ class _Call:
             "normalize": s.normalize,
             "position": s.position,
         }
-        return tiles.choose(kernel, self.q, variant, launch)
+        return tiles.choose(kernel, self.q, variant, launch, table=s.position == TABLE)
 
     def divided_gradient(self, grad: Tensor, out: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         batch, heads, length, _ = grad.shape

@@ -1,25 +1,32 @@
 """What the layers do on a batch: whole attention weights and activations from any parallel layout.
 
 Hooks on the layers of this rank's pipeline stages hand each metric one layer at a time, heads gathered
-over tensor-parallel ranks and positions over context-parallel ranks, so that memory holds a single
-layer's attention weights.
+over tensor-parallel ranks and positions over context-parallel ranks. Attention weights of short sequences are
+held whole, a layer's at a time; those of longer ones are computed a few rows at a time when a metric asks, or
+on a card only summed, by a kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sinkbench.api import Batch, LayerCapture, Metric, Observation
-from sinkbench.attention import reference
+from sinkbench.api import BLOCK_ELEMENTS, Batch, LayerCapture, Metric, Observation
+from sinkbench.attention import importance, reference
+from sinkbench.attention.importance import WeightSums
+from sinkbench.attention.reference import Problem
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
+
+HELD_WEIGHTS = 2**26
+"""Attention weights of a layer that are held at once, 256 MiB on each rank."""
 
 
 class Recorder:
@@ -61,16 +68,15 @@ class Recorder:
         number = layer.layer_number
         seen = self._observed.setdefault(number, [])
         query, key, value = self._core_inputs.pop(number)
-        spec = layer.attention.core.parts.spec
-        weights, slot = self._weights(layer.attention.core, query, key, value)
-        if spec.sink_token:
-            weights, slot = weights[:, :, 1:, 1:], weights[:, :, 1:, 0]
-        first = int(spec.sink_token)
+        core = layer.attention.core
+        first = int(core.parts.spec.sink_token)
+        weights = LayerWeights(self._problem(core, query, key, value), first, self._all_heads)
         output_sbn = output[0][..., : layer.config.hidden_size]  # values for the next stage may follow
         capture = LayerCapture(
             layer=number,
-            weight_rows=lambda start, end: weights[:, :, start:end],
-            slot_bhq=slot,
+            weight_rows=weights.rows,
+            slot_bhq=weights.slot_bhq,
+            key_sums=weights.key_sums,
             query_bhsd=self._heads(query)[:, :, first:],
             key_bhsd=self._heads(key)[:, :, first:],
             value_bhsd=self._heads(value)[:, :, first:],
@@ -80,9 +86,18 @@ class Recorder:
         )
         seen.append({name: metric.observe(capture) for name, metric in self.metrics.items()})
 
-    def _weights(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-        weights, slot = reference.weights(core.problem(query, key, value).in_float32())
-        return self._whole(weights), None if slot is None else self._whole(slot)
+    def _problem(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Problem:
+        """The attention of this rank's heads at all positions."""
+        from sinkbench.megatron.sequence import gather_context
+
+        problem: Problem = core.problem(query, key, value)
+        whole = gather_context(problem.query_bhqd, self.layout.groups.cp, 2)
+        return replace(problem, query_bhqd=whole, position_q=problem.position_k, aligned=True)
+
+    def _all_heads(self, x_bh: Tensor) -> Tensor:
+        from sinkbench.megatron.sequence import gather_shards
+
+        return gather_shards(x_bh, self.layout.groups.tp, 1)
 
     def _heads(self, x_sbhd: Tensor) -> Tensor:
         return self._whole(x_sbhd.permute(1, 2, 0, 3).float())
@@ -114,6 +129,69 @@ class Recorder:
         for name, metric in self.metrics.items():
             results |= metric.result([layers[number][name] for number in sorted(layers)])
         return results
+
+
+class LayerWeights:
+    """The attention weights of one layer, whole or never.
+
+    Args:
+        problem: of this rank's heads, all positions.
+        leading: 1 with a sink token, whose weight is the slot's and which is no row or key otherwise.
+        all_heads: [b, h, ...] of this rank's heads -> of all. Collective.
+
+    Attributes:
+        slot_bhq: as in LayerCapture.
+        key_sums: as in LayerCapture; None if the weights are held or there is no kernel.
+    """
+
+    def __init__(self, problem: Problem, leading: int, all_heads: Callable[[Tensor], Tensor]) -> None:
+        self._problem = problem
+        self._leading = leading
+        self._all_heads = all_heads
+        self._held: Tensor | None = None
+        self._sums: WeightSums | None = None
+        self.key_sums: Callable[[int, float], tuple[Tensor, Tensor, Tensor]] | None = None
+        batch, heads, length, head_size = problem.query_bhqd.shape
+        if batch * heads * length**2 <= HELD_WEIGHTS:
+            self._held, slot = self._computed(0, length - leading)
+        elif problem.query_bhqd.is_cuda and not importance.missing(problem.spec, head_size):
+            self._sums = WeightSums(problem, leading)
+            self.key_sums = self._summed
+            slot = self._sums.slot_bhq
+        else:
+            there = leading or problem.spec.extra_slot is not None
+            slot = torch.cat([self._slot(*block) for block in self._blocks()], -1) if there else None
+        self.slot_bhq = None if slot is None else all_heads(slot)
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """As LayerCapture.weight_rows. Collective."""
+        if self._held is not None:
+            return self._all_heads(self._held[:, :, start:end])
+        return self._all_heads(self._computed(start, end)[0])
+
+    def _computed(self, start: int, end: int) -> tuple[Tensor, Tensor | None]:
+        at = slice(start + self._leading, end + self._leading)
+        problem = self._problem.in_float32()
+        query, position = problem.query_bhqd[:, :, at], problem.position_q[at]
+        rows = replace(problem, query_bhqd=query, position_q=position, aligned=False)
+        weights, slot = reference.weights(rows)
+        return (weights[..., 1:], weights[..., 0]) if self._leading else (weights, slot)
+
+    def _slot(self, start: int, end: int) -> Tensor:
+        slot = self._computed(start, end)[1]
+        assert slot is not None
+        return slot
+
+    def _blocks(self) -> Iterator[tuple[int, int]]:
+        batch, heads, length, _ = self._problem.query_bhqd.shape
+        step = max(1, BLOCK_ELEMENTS // (batch * heads * length))
+        for start in range(0, length - self._leading, step):
+            yield start, min(start + step, length - self._leading)
+
+    def _summed(self, count: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        assert self._sums is not None
+        raw, proxy = self._sums.keys(count, eps)
+        return self._all_heads(raw), self._all_heads(proxy), self._all_heads(self._sums.row_bhq)
 
 
 def _concatenated(observations: list[Observation], count: int) -> Observation:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sinkbench.errors import DataError
+from sinkbench.measure.changed_linears import Change, change
 from sinkbench.measure.hf_attention import Visible, Watch, watching
 from sinkbench.measure.hf_capture import decoder_layers
 
@@ -19,8 +20,6 @@ LOGIT_ELEMENTS = 2**27
 
 LINEAR = ("Linear", "Conv1D", "FalconLinear")
 """Classes of linear maps; GPT-2's Conv1D is one with a transposed weight."""
-
-Change = Callable[[Tensor], Tensor]
 
 
 class OpenForwards:
@@ -74,8 +73,7 @@ class OpenForwards:
 
 @contextmanager
 def changed_linears(model: Any, weight: Change | None, inputs: Change | None) -> Iterator[None]:
-    """Within the block, every linear map within the layers uses a changed weight and input. A weight is
-    changed when it is needed, so that there is never more than one copy.
+    """Within the block, every linear map within the layers uses a changed weight and input.
 
     Raises:
         DataError: the layers hold other matrices, such as experts in one tensor.
@@ -83,7 +81,7 @@ def changed_linears(model: Any, weight: Change | None, inputs: Change | None) ->
     handles = []
     for name, module in decoder_layers(model).named_modules():
         if type(module).__name__ in LINEAR:
-            handles += _changed(module, weight, inputs)
+            handles += change(module, weight, inputs)
         elif any(p.dim() > 2 for p in module.parameters(recurse=False)):
             raise DataError(
                 type(model).__name__, f"{name} holds experts in one tensor", "measure a model without experts"
@@ -93,21 +91,3 @@ def changed_linears(model: Any, weight: Change | None, inputs: Change | None) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _changed(module: nn.Module, weight: Change | None, inputs: Change | None) -> list[Any]:
-    parameter = module.weight
-    assert isinstance(parameter, nn.Parameter)
-    exact: list[Tensor] = []
-
-    def before(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if weight:
-            exact.append(parameter.data)
-            parameter.data = weight(parameter.data)
-        return (inputs(args[0]), *args[1:]) if inputs else args
-
-    def after(_: nn.Module, args: Any, output: Any) -> None:
-        if weight:
-            parameter.data = exact.pop()
-
-    return [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]

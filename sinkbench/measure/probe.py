@@ -31,7 +31,7 @@ class Model(Protocol):
 
 
 def build_metrics(chosen: Sequence[Chosen], context: BuildContext) -> dict[str, Metric]:
-    """The metrics of a run by name.
+    """The metrics of a run's probes by name.
 
     Raises:
         PluginError: one cannot be built, or needs forward passes of its own.
@@ -39,8 +39,8 @@ def build_metrics(chosen: Sequence[Chosen], context: BuildContext) -> dict[str, 
     built: dict[str, Any] = {c.plugin.name: build(c, context) for c in chosen}
     for one in chosen:
         if not hasattr(built[one.plugin.name], "observe"):
-            problem = "needs forward passes of its own, which a run does not make"
-            remedy = "drop it, or export the run and measure the exported model"
+            problem = "needs forward passes of its own, which training does not make"
+            remedy = f"drop it, and give --metrics {one.plugin.name} to sinkbench measure"
             raise PluginError(f"{one.path}: metric {one.plugin.name}", problem, remedy)
     return built
 
@@ -48,6 +48,9 @@ def build_metrics(chosen: Sequence[Chosen], context: BuildContext) -> dict[str, 
 class Probe:
     """Runs the metrics on a fixed set of sequences, alike under every parallel layout: data-parallel
     replicas all run the whole set, which is small against a step.
+
+    Attributes:
+        tokens_bs: the sequences as the model sees them.
 
     Args:
         sequences: arrays [count, length] by name, "tokens" among them.
@@ -67,6 +70,7 @@ class Probe:
         whole = {name: torch.as_tensor(array) for name, array in sequences.items()}
         for change in transforms:
             whole = change.transform(whole) if change.on_probes else whole
+        self.tokens_bs = whole["tokens"].to(model.layout.device)
         self.micro_batches = _split(whole, model.layout.groups.pp.size(), model.layout.device)
 
     def run(self) -> dict[str, float | list[Any]]:

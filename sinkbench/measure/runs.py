@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,10 +14,12 @@ from sinkbench.data.run_tokenizer import find_tokenizer
 from sinkbench.data.source import Arrays, SequenceSource, open_source
 from sinkbench.errors import CheckpointError, DataError
 from sinkbench.measure.inputs import Encode, Inputs, from_prompts, random_tokens, repeated_tokens
-from sinkbench.measure.probe import Probe, build_metrics
+from sinkbench.measure.probe import Probe
 from sinkbench.measure.results import Result
+from sinkbench.measure.run_forwards import RunForwards
 from sinkbench.measure.settings import Settings
 from sinkbench.model import build_stages, declare
+from sinkbench.plugins import build
 
 
 def find_checkpoint(target: Path, step: int | None) -> Checkpoint:
@@ -72,10 +75,15 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
 
         networks = build_stages(config, declared, layout)
         state.load_weights(networks, checkpoint.folder)
-        metrics = build_metrics(resolved.metrics, declared.context)
+        metrics: dict[str, Any] = {c.plugin.name: build(c, declared.context) for c in resolved.metrics}
+        observing = {name: metric for name, metric in metrics.items() if hasattr(metric, "observe")}
         sequences = _sequences(config, checkpoint.folder, source, inputs, settings)
-        probe = Probe(metrics, sequences, SingleModel(networks, layout), declared.transforms)
-        measured = probe.run()
+        probe = Probe(observing, sequences, SingleModel(networks, layout), declared.transforms)
+        measured = probe.run() if observing else {}
+        forwards = RunForwards(networks[0], probe.tokens_bs, declared.context.vocab_size)
+        for metric in metrics.values():
+            if hasattr(metric, "measure"):
+                measured |= metric.measure(forwards)
     return Result(
         target=target,
         inputs=inputs,

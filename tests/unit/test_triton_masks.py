@@ -135,10 +135,10 @@ def test_prefix_window_and_slope() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("rule", [SIGMOID, IDENTITY, RELU, ELU], ids=["sigmoid", "identity", "relu", "elu"])
+@pytest.mark.parametrize("rule", [SIGMOID, IDENTITY], ids=["sigmoid", "identity"])
 @pytest.mark.parametrize("bias", [None, SLOPE, TABLE], ids=["none", "slope", "table"])
 @pytest.mark.parametrize("window", [None, 1, 40])
-@pytest.mark.parametrize("prefix", [0, 1, 50, 64, 500])
+@pytest.mark.parametrize("prefix", [0, 50, 500])
 def test_every_mask(rule: Elementwise, bias: ScoreBias | None, window: int | None, prefix: int) -> None:
     length = 600 if CUDA else 90
     assert_as_reference(make_problem(rule, length, 32, window=window, prefix=prefix, bias=bias))
@@ -146,7 +146,7 @@ def test_every_mask(rule: Elementwise, bias: ScoreBias | None, window: int | Non
 
 @pytest.mark.full
 @pytest.mark.parametrize("head_size", [32, 48, 64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("length", [1, 63, 129])
+@pytest.mark.parametrize("length", [1, 65])
 def test_every_size(head_size: int, length: int) -> None:
     p = make_problem(SIGMOID, length, head_size, prefix=5, bias=TABLE)
     assert_as_reference(p)
