@@ -94,7 +94,8 @@ class Chunks:
         number = np.arange(per_document.sum()) - np.repeat(earlier, per_document)
         offsets: npt.NDArray[np.int64] = np.repeat(starts, per_document) + number * length
         shuffled = _permutation(len(offsets), _EVERY_RUN)
-        return offsets[shuffled[np.argsort(number[shuffled], kind="stable")]]
+        order: npt.NDArray[Any] = shuffled[np.argsort(number[shuffled], kind="stable")]
+        return offsets[order]
 
 
 class Epochs:
@@ -108,17 +109,19 @@ class Epochs:
     def __init__(self, chunks: Chunks, unique: float, *seed: int) -> None:
         self.chunks = chunks
         count = max(1, round(unique * chunks.count))
-        self._used = _permutation(chunks.count, _EVERY_RUN)[:count] if unique < 1 else np.arange(chunks.count)
+        self._count = count
+        self._used = _permutation(chunks.count, _EVERY_RUN)[:count] if unique < 1 else None
         # Two, since a step may span two epochs; a cache that threads may share.
         self._order = lru_cache(maxsize=2)(partial(_permutation, count, *seed))
 
     def numbers(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Of the chunks at these places of the sequence."""
-        epochs, positions = np.divmod(indices, len(self._used))
+        epochs, positions = np.divmod(indices, self._count)
         numbers = np.empty_like(indices)
         for epoch in np.unique(epochs).tolist():
             of_epoch = epochs == epoch
-            numbers[of_epoch] = self._used[self._order(epoch)[positions[of_epoch]]]
+            places = self._order(epoch)[positions[of_epoch]]
+            numbers[of_epoch] = places if self._used is None else self._used[places]
         return numbers
 
 
@@ -308,8 +311,10 @@ class IndexedSource:
         return {"tokens": np.stack(rows)}
 
 
-def _permutation(count: int, *seed: int) -> npt.NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64(seed)).permutation(count)
+def _permutation(count: int, *seed: int) -> npt.NDArray[Any]:
+    """In the smallest integers that hold it, since one is kept for an epoch."""
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
+    return order.astype(np.min_scalar_type(count))
 
 
 def _by_name(folders: Sequence[_Folder]) -> dict[str, _Folder]:

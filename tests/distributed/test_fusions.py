@@ -86,6 +86,43 @@ def test_norms_and_activations(run_distributed: RunDistributed, form: tuple[str,
     compare(run_distributed, "", form, "[layer]", 1e-5)
 
 
+def rank_counts_graphs(rank: int, world_size: int) -> dict[str, int]:
+    """Graphs that dynamo makes of each compiled function for the shapes and modules of a run. A break in one
+    raises."""
+    from torch._dynamo.testing import CompileCounter
+
+    from sinkbench.megatron import layer, vocabulary_loss
+
+    x, added = torch.randn(2, 4, 2, 16, requires_grad=True)
+    logits, target, factor = torch.randn(32, 64), torch.randint(64, (32,)), torch.rand(32)
+    norms = [(norm, x, added) for norm in (torch.nn.RMSNorm(16) for _ in range(12))]
+    arguments: dict[Any, list[tuple[Any, ...]]] = {
+        layer.normed: [case[:2] for case in norms],
+        layer.sum_and_normed: norms,
+        layer.sum_normed: norms,
+        layer.sum_with_normed: norms,
+        layer.gated_activation: [(x, None, torch.nn.functional.silu)] * 3,
+        layer.plain_activation: [(x, added, torch.nn.functional.relu)] * 3,
+        vocabulary_loss._alone: [(logits, target, factor, 1e-4)] * 3,
+        vocabulary_loss._statistics: [(logits, target)] * 3,
+        vocabulary_loss._gradient: [(logits, factor, target, factor, 0.0)] * 3,
+    }
+    counts = {}
+    for function, calls in arguments.items():
+        counter = CompileCounter()  # type: ignore[no-untyped-call]
+        compiled = torch.compile(function, backend=counter, fullgraph=True)
+        for call in calls:
+            torch.testing.assert_close(compiled(*call), function(*call))
+        counts[function.__name__] = counter.frame_count
+    return counts
+
+
+def test_layers_share_one_graph_without_breaks(run_distributed: RunDistributed) -> None:
+    """Otherwise deep models would run into dynamo's limit, and go on uncompiled in silence."""
+    (counts,) = run_distributed(1, rank_counts_graphs)
+    assert counts == dict.fromkeys(counts, 1)
+
+
 @pytest.mark.full
 def test_everything_at_once(run_distributed: RunDistributed) -> None:
     compare(run_distributed, "tensor pipeline", SANDWICH, "[loss,layer,optimizer]", 1e-5)

@@ -132,6 +132,24 @@ def test_steps_are_skipped_then_training_goes_on(
     assert losses[20] < losses[7]
 
 
+FUSED = "train.fused=[loss,layer,optimizer]"
+
+
+def test_the_fused_update_leaves_all_as_it_was_too(run_distributed: RunDistributed, tmp_path: Path) -> None:
+    assert call(run_distributed, tmp_path, "", FUSED) == [""]
+    assert Run(tmp_path / "short").series("skipped", "loss") == dict.fromkeys(BAD_STEPS)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backward", [False, True])
+def test_layers_with_compiled_parts_are_named_too(
+    run_distributed: RunDistributed, tmp_path: Path, backward: bool
+) -> None:
+    overrides = (FUSED, "train.max_skipped_steps=1")
+    (said,) = call(run_distributed, tmp_path, "", *overrides, backward=backward)
+    assert f"first in {'the gradients of layer 3' if backward else 'layer 3 mlp'}, " in said
+
+
 @pytest.mark.parametrize("layout", LAYOUT_MARKS)
 @pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_too_many_end_the_run_and_name_layer_and_sequence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 
 from sinkbench.config import Config, IndexedConfig
 from sinkbench.data import verify as data_verify
-from sinkbench.data.indexed import BLEND_PERIOD, IndexedSource
+from sinkbench.data.indexed import BLEND_PERIOD, Blend, Chunks, Epochs, IndexedSource
+from sinkbench.data.loader import micro_batches
 from sinkbench.data.manifest import file_sha256
 from sinkbench.data.source import open_source
 from sinkbench.data.verify import verify
@@ -390,3 +392,30 @@ def test_what_a_run_will_need_is_checked_at_start(tmp_path: Path, folder: Path) 
     open_source(recipe(little_held_out))
     with pytest.raises(DataError, match=r"validation.every: little holds out less than one sequence of 17"):
         open_source(recipe(little_held_out, validation={"every": 1}))
+
+
+@pytest.mark.full
+def test_ten_million_sequences_are_read_from_any_step(tmp_path: Path) -> None:
+    """What is held beside the mapped file are the order of an epoch, 4 bytes a sequence, and its making."""
+    count, batch = 10_000_000, 512
+    file = np.memmap(tmp_path / "tokens", np.uint32, "w+", shape=(2 * count,))
+    file[::2] = np.arange(count)
+    tracemalloc.start()
+    chunks = Chunks(file, np.full(count, 2, np.int32), 2)
+    blend = Blend([Epochs(chunks, 1.0, 1, 0)], [1.0], ["all"])
+    source = IndexedSource(
+        blend, {}, seq_length=1, vocab_size=count, fingerprint="", tokenizer=tmp_path / "none"
+    )
+    tracemalloc.reset_peak()
+    loader = micro_batches(
+        source, start_step=1_000_000, global_batch_size=batch, micro_batch_size=batch, dp_rank=0, dp_size=1
+    )
+    first = next(loader)["tokens"][:, 0]
+    loader.close()
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    epoch, position = divmod(1_000_000 * batch, count)
+    order = np.random.Generator(np.random.PCG64((1, 0, epoch))).permutation(count)
+    assert first.tolist() == order[position : position + batch].tolist()
+    assert held < 13 * count
+    assert peak < 25 * count
