@@ -23,7 +23,10 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import and_masks, causal_mask_function, eager_mask
 
-from sinkbench.api import BLOCK_ELEMENTS
+from sinkbench.api import BLOCK_ELEMENTS, AttentionSpec, Softmax
+from sinkbench.attention import importance
+from sinkbench.attention.importance import WeightSums
+from sinkbench.attention.reference import Problem
 from sinkbench.errors import DataError
 from sinkbench.measure.hf_export import ExportedCall, is_export, watching_export
 
@@ -93,6 +96,29 @@ class AttentionCall:
         if self.sink_logit_h is None:
             return None
         return 1 - torch.cat([rows.sum(-1) for rows in self.blocks()], dim=-1)
+
+    def sums(self) -> WeightSums | None:
+        """Sums of the weights by a kernel that never holds them; None if it cannot compute this attention."""
+        more = (self.softcap, self.bias_bhk, self.sink_logit_h, self.weights_bhqk)
+        spec = AttentionSpec(rule=Softmax())
+        heads, length, head_size = self.query_bhsd.shape[1:]
+        causal = self.mask is causal_mask_function and all(other is None for other in more)
+        if not causal or importance.missing(spec, head_size):
+            return None
+        position = torch.arange(length, device=self.query_bhsd.device)
+        return WeightSums(
+            Problem(
+                spec=spec,
+                query_bhqd=self.query_bhsd,
+                key_bgkd=self.key_bgsd,
+                value_bgkd=self.value_bgsd,
+                position_q=position,
+                position_k=position,
+                aligned=True,
+                scale=self.scale,
+                heads=torch.arange(heads, device=position.device),
+            )
+        )
 
     def blocks(self) -> Iterator[Tensor]:
         """``rows`` of all queries, a few at a time."""

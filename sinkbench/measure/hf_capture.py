@@ -14,6 +14,8 @@ from sinkbench.errors import DataError
 from sinkbench.measure.hf_attention import AttentionCall, Watch, watching
 from sinkbench.measure.hf_export import ExportedCall
 
+KeySums = Callable[[int, float], tuple[Tensor, Tensor, Tensor]]
+
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The layers of a decoder-only model, those without attention among them.
@@ -94,6 +96,7 @@ class LayerWatcher:
             layer=number,
             weight_rows=call.rows,
             slot_bhq=call.slot(),
+            key_sums=key_sums(call),
             query_bhsd=call.query_bhsd.float(),
             key_bhsd=call.key_bgsd.float(),
             value_bhsd=call.value_bgsd.float(),
@@ -101,3 +104,15 @@ class LayerWatcher:
             output_bsn=output_bsn[:, first:].float(),
             batch=self.batch,
         )
+
+
+def key_sums(call: AttentionCall | ExportedCall) -> KeySums | None:
+    """As LayerCapture.key_sums: on a card, where the kernel can compute the attention."""
+    sums = call.sums() if isinstance(call, AttentionCall) and call.query_bhsd.is_cuda else None
+    if sums is None:
+        return None
+
+    def summed(count: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        return (*sums.keys(count, eps), sums.row_bhq)
+
+    return summed

@@ -72,7 +72,7 @@ def by_reference(p: Problem, count: int, leading: int) -> tuple[Tensor, Tensor, 
     return first.sum(2), proxy.sum(2), row, slot
 
 
-def assert_as_reference(p: Problem, count: int, leading: int = 0) -> None:
+def assert_as_reference(p: Problem, count: int, leading: int = 0, tolerance: float = 1e-5) -> None:
     sums = WeightSums(p, leading)
     raw, proxy = sums.keys(count, PROXY_EPS)
     wanted = by_reference(p, count, leading)
@@ -83,7 +83,7 @@ def assert_as_reference(p: Problem, count: int, leading: int = 0) -> None:
         if a is not None and b is not None:
             error = ((a.double() - b).abs() / b.abs().clamp(min=1.0)).max()
             assert a.shape == b.shape, what
-            assert error < 1e-5, f"{what}: {error:.1e}"
+            assert error < tolerance, f"{what}: {error:.1e}"
 
 
 def test_softmax_with_slot_and_prefix() -> None:
@@ -115,9 +115,10 @@ def test_all_columns(rule: str, length: int) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("score", [-1e4, 1e4])
-def test_extreme_scores(score: float) -> None:
+@pytest.mark.parametrize(("score", "tolerance"), [(-1e4, 1e-5), (1e4, 3e-3)])
+def test_extreme_scores(score: float, tolerance: float) -> None:
+    """At 1e4 the scores themselves are rounded by 5e-4."""
     for rule in (Softmax(sink_logit=0.0), SIGMOID, Elementwise(function=torch.relu, normalize=True)):
         p = problem(rule, 40)
         level = torch.full((HEADS,), score, device=p.query_bhqd.device)
-        assert_as_reference(replace(p, parameters={"bias": level}), 40)
+        assert_as_reference(replace(p, parameters={"bias": level}), 40, tolerance=tolerance)
