@@ -95,7 +95,8 @@ class Chunks:
         offsets: npt.NDArray[np.int64] = np.repeat(starts, per_document) + number * length
         shuffled = _permutation(len(offsets), _EVERY_RUN)
         order: npt.NDArray[Any] = shuffled[np.argsort(number[shuffled], kind="stable")]
-        return offsets[order]
+        ordered: npt.NDArray[np.int64] = offsets[order]
+        return ordered
 
 
 class Epochs:

@@ -88,9 +88,18 @@ def _gradient_norm(optimizer: ChainedOptimizer) -> Tensor:
     return squares.sqrt()
 
 
+def is_torch_adam(optimizer: ChainedOptimizer) -> bool:
+    """Whether it is torch's AdamW that updates. Where Transformer Engine or Apex is installed megatron takes
+    theirs, fused already, which heeds no decision of the card's."""
+    parts = distributed_optimizers(optimizer)
+    return all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts)
+
+
 def _choose(part: DistributedOptimizer, fused: bool) -> None:
     """Which of torch's forms of AdamW runs: a checkpoint brings the choice of the run that wrote it. The
     fused form counts steps on the parameters' device, the others on the host."""
+    if not isinstance(part.optimizer, torch.optim.AdamW):
+        return
     for group in part.optimizer.param_groups:
         group["fused"], group["foreach"] = (True, False) if fused else (None, None)
         for parameter in group["params"]:

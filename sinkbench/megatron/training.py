@@ -24,7 +24,13 @@ from sinkbench.health import Health
 from sinkbench.megatron import fusions
 from sinkbench.megatron.host_copies import HostCopies
 from sinkbench.megatron.network import Network
-from sinkbench.megatron.optimizer import copy_together, make_optimizer, make_scheduler, update
+from sinkbench.megatron.optimizer import (
+    copy_together,
+    is_torch_adam,
+    make_optimizer,
+    make_scheduler,
+    update,
+)
 from sinkbench.megatron.parallel import Layout
 from sinkbench.megatron.sequence import local_positions
 
@@ -60,8 +66,9 @@ class Engine:
         self._transformer.hidden_size = self.networks[0].sent_size
         self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
         self.optimizer = make_optimizer(config, self.stages)
-        self._fused_update = "optimizer" in fusions.chosen(config, layout.device)
-        if self._fused_update:
+        fused = "optimizer" in fusions.chosen(config, layout.device)
+        self._fused_update = fused and is_torch_adam(self.optimizer)
+        if fused:
             copy_together(self.optimizer)
         self.scheduler = make_scheduler(config, self.optimizer)
         self.health = Health(config.train)
