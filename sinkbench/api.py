@@ -512,8 +512,8 @@ class LayerCapture:
         input_bsn, output_bsn: the residual stream before and after the layer.
         batch: the probe batch (tokens_bs, and what the data source added).
         key_sums: (count, eps) -> of each of the first keys, summed over the queries from it on, A and
-            |A| / (sum of the row's |A| + eps), both [b, h, count]; and the sum of each row [b, h, q]. The extra
-            slot is part of its row. None where there is no kernel for it: then sum ``weight_blocks``.
+            |A| / (sum of the row's |A| + eps), both [b, h, count]; and the sum of each row [b, h, q]. The
+            extra slot is part of its row. None where there is no kernel for it: then sum ``weight_blocks``.
     """
 
     layer: int
