@@ -52,6 +52,8 @@ def flat_name(module: str) -> str:
 @dataclass
 class _Module:
     name: str
+    package: str
+    """What its relative imports start from: a package's own is its ``__init__.py``."""
     lines: list[str]
     tree: ast.Module
     packages: set[str]
@@ -75,7 +77,8 @@ class _Module:
         for statement in tree.body:
             for defined in _defined(statement):
                 statements.setdefault(defined, []).append(statement)
-        return cls(name, text.splitlines(), tree, packages, statements)
+        package = name if Path(origin).stem == "__init__" else name.rpartition(".")[0]
+        return cls(name, package, text.splitlines(), tree, packages, statements)
 
     def keep(self, name: str) -> list[tuple[str, str]]:
         """Marks what defines a name, and what that uses here; returns what it uses of other modules."""
@@ -141,7 +144,8 @@ class _Module:
     def _absolute(self, node: ast.ImportFrom) -> str:
         if not node.level:
             return node.module or ""
-        base = self.name.split(".")[: -node.level]
+        parts = self.package.split(".")
+        base = parts[: len(parts) - (node.level - 1)]
         return ".".join([*base, *([node.module] if node.module else [])])
 
     def text(self) -> str:
