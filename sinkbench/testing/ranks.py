@@ -208,24 +208,26 @@ class Resumed:
 def rank_resumes(rank: int, world_size: int, subject: Subject, folder: Path) -> Resumed:
     """Saves after a step and goes on; then starts anew from other weights, loads and goes on."""
 
-    def go_on(engine: Engine, config: Config, declared: Declarations) -> list[float]:
-        return [engine.train_step(micro_batches(config, declared, step)).loss for step in (1, 2)]
+    def go_on(engine: Engine, batches: list[list[Batch]]) -> list[float]:
+        return [engine.train_step(batch).loss for batch in batches]
 
     store = CheckpointStore(folder)
     with engine_of(subject) as (engine, config, declared, _):
-        engine.train_step(micro_batches(config, declared, 0))
+        # The other seed is for the weights alone: a transform may draw by it.
+        first, *later = [micro_batches(config, declared, step) for step in range(3)]
+        engine.train_step(first)
         saver = Saver(store, engine.layout, config.checkpoint)
         saver.save(engine, 1, recipe.dump(config))
         saver.finish()
         (network,) = engine.networks
         weights = {name: p.detach().clone() for name, p in network.named_parameters()}
-        straight = go_on(engine, config, declared)
-    with engine_of(subject, "seed=4321") as (engine, config, declared, _):
+        straight = go_on(engine, later)
+    with engine_of(subject, "seed=4321") as (engine, *_):
         load(engine, store.open(1))
         (network,) = engine.networks
         now = dict(network.named_parameters())
         different = [name for name, weight in weights.items() if not torch.equal(weight, now[name])]
-        resumed = go_on(engine, config, declared)
+        resumed = go_on(engine, later)
     return Resumed(straight=straight, resumed=resumed, different=different)
 
 
