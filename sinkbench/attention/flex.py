@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from sinkbench.api import AttentionSpec
 from sinkbench.attention import sdpa
-from sinkbench.attention.reference import Problem
+from sinkbench.attention.reference import Problem, scaled_and_biased
 
 BLOCK = 128
 """Queries and keys of a block of the mask, and a multiple of the kernel's."""
@@ -51,7 +51,7 @@ def run(p: Problem) -> Tensor:
     slope = _slope(p)
     table = _bias_by_distance(p, length) if slope is None else None
     output, lse = attend(*tensors, table, slope, mask, p.scale, sdpa.has_more(p.spec))
-    return sdpa.scaled_and_biased(p, output if lse is None else sdpa.with_more(p, output, lse))
+    return scaled_and_biased(p, output if lse is None else sdpa.with_more(p, output, lse))
 
 
 def compiled(*arguments: Any) -> tuple[Tensor, Tensor | None]:

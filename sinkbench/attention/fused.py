@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sinkbench.api import AttentionSpec, Elementwise, WeightRule
 from sinkbench.attention import elementwise
-from sinkbench.attention.reference import Problem, per_head
+from sinkbench.attention.reference import Problem, scaled_and_biased
 
 NO_FORM = ", which has no Triton form"
 
@@ -68,10 +68,7 @@ def run(p: Problem) -> Tensor:
         prefix=p.prefix,
         **position(p),
     )
-    if p.spec.output_scale != 1.0:
-        output = output * p.spec.output_scale
-    bias = p.spec.output_bias
-    return output if bias is None else output + per_head(p.parameters[bias]).to(output.dtype)
+    return scaled_and_biased(p, output)
 
 
 def score_bias(p: Problem) -> Tensor | None:

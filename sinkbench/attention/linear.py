@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sinkbench.api import AttentionSpec, Elementwise
-from sinkbench.attention.reference import Problem, mapped, per_kv_head, slot_value
-from sinkbench.attention.sdpa import scaled_and_biased
+from sinkbench.attention.reference import Problem, mapped, per_kv_head, scaled_and_biased, slot_value
 
 CHUNK = 128
 

@@ -96,6 +96,18 @@ def attend(problem: Problem) -> Tensor:
             for query, position in zip(p.query_bhqd.split(rows, 2), p.position_q.split(rows), strict=True)
         ]
         output = torch.cat(parts, 2)
+    return _biased(p, output)
+
+
+def scaled_and_biased(p: Problem, output: Tensor) -> Tensor:
+    """The output [b, h, q, d] of a kernel, with the declared scale and bias. The scale is part of ``weights``
+    here."""
+    if p.spec.output_scale != 1.0:
+        output = output * p.spec.output_scale
+    return _biased(p, output)
+
+
+def _biased(p: Problem, output: Tensor) -> Tensor:
     bias = p.spec.output_bias
     return output if bias is None else output + per_head(p.parameters[bias]).to(output.dtype)
 

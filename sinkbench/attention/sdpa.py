@@ -21,8 +21,8 @@ from sinkbench.attention.reference import (
     Problem,
     allowed_qk,
     parameter_or_constant,
-    per_head,
     per_kv_head,
+    scaled_and_biased,
     slot_value,
 )
 
@@ -70,14 +70,6 @@ def run(p: Problem) -> Tensor:
     else:
         output = _plain(p)
     return scaled_and_biased(p, output)
-
-
-def scaled_and_biased(p: Problem, output: Tensor) -> Tensor:
-    """The output [b, h, q, d] with the declared scale and bias."""
-    if p.spec.output_scale != 1.0:
-        output = output * p.spec.output_scale
-    bias = p.spec.output_bias
-    return output if bias is None else output + per_head(p.parameters[bias]).to(output.dtype)
 
 
 def _plain(p: Problem) -> Tensor:

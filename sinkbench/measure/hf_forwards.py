@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sinkbench.errors import DataError
 from sinkbench.measure.changed_linears import Change, change
 from sinkbench.measure.hf_attention import Visible, Watch, watching
 from sinkbench.measure.hf_capture import decoder_layers
-
-LOGIT_ELEMENTS = 2**27
-"""Logits held at once, 512 MiB of them."""
+from sinkbench.measure.next_token import most_sequences, next_token_losses
 
 LINEAR = ("Linear", "Conv1D", "FalconLinear")
 """Classes of linear maps; GPT-2's Conv1D is one with a transposed weight."""
@@ -37,8 +34,7 @@ class OpenForwards:
         self.tokens_bs = tokens_bs
         self.streaming = streaming
         vocabulary = model.config.get_text_config().vocab_size
-        fitting = max(1, LOGIT_ELEMENTS // (vocabulary * tokens_bs.shape[1]))
-        self.batch_size = min(batch_size, fitting)
+        self.batch_size = min(batch_size, most_sequences(tokens_bs.shape[1], vocabulary))
 
     @property
     def length(self) -> int:
@@ -66,9 +62,7 @@ class OpenForwards:
 
     def _losses(self, tokens_bs: Tensor) -> Tensor:
         tokens_bs = tokens_bs.to(self.model.device)
-        logits = self.model(input_ids=tokens_bs, use_cache=False).logits[:, :-1].float()
-        loss = F.cross_entropy(logits.flatten(0, 1), tokens_bs[:, 1:].flatten(), reduction="none")
-        return loss.view(tokens_bs.shape[0], -1).cpu()
+        return next_token_losses(self.model(input_ids=tokens_bs, use_cache=False).logits[:, :-1], tokens_bs)
 
 
 @contextmanager

@@ -9,15 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sinkbench.attention import reference
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import DataError
 from sinkbench.measure.changed_linears import Change, change
-
-LOGIT_ELEMENTS = 2**27
-"""Logits held at once, 512 MiB of them."""
+from sinkbench.measure.next_token import most_sequences, next_token_losses
 
 LINEAR = ("ColumnParallelLinear", "RowParallelLinear")
 """Classes of linear maps within the layers."""
@@ -62,16 +59,13 @@ class RunForwards:
                 stack.enter_context(restricted(self.network, visible))
             if linear_weight or linear_input:
                 stack.enter_context(changed_linears(self.network, linear_weight, linear_input))
-            size = max(1, LOGIT_ELEMENTS // (self.length * self.vocab_size))
+            size = most_sequences(self.length, self.vocab_size)
             losses = [self._losses(tokens_bs) for tokens_bs in self.tokens_bs.split(size)]
         return torch.cat(losses)
 
     def _losses(self, tokens_bs: Tensor) -> Tensor:
         hidden_sbn: Tensor = self.network({"tokens": tokens_bs})[self.network.leading :]
-        logits_bsv: Tensor = self.network.logits(hidden_sbn[:-1]).transpose(0, 1).float()
-        loss = F.cross_entropy(logits_bsv.flatten(0, 1), tokens_bs[:, 1:].flatten(), reduction="none")
-        by_sequence: Tensor = loss.view(len(tokens_bs), -1).cpu()
-        return by_sequence
+        return next_token_losses(self.network.logits(hidden_sbn[:-1]).transpose(0, 1), tokens_bs)
 
 
 @contextmanager
