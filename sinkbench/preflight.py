@@ -133,11 +133,14 @@ def _check_activations(config: Config, micro_batch: int) -> None:
     """The backward pass needs the input of every layer, or of one if the others are computed again. The
     logits are not counted: a fused loss never holds them all."""
     model, parallel = config.model, config.parallel
-    layers = 1 if config.train.recompute == "full" else model.num_layers // parallel.pipeline
+    recomputed = config.train.recompute == "full"
+    layers = 1 if recomputed else model.num_layers // parallel.pipeline
     values = micro_batch * model.seq_length * model.hidden_size * layers
     share = values // (parallel.context * parallel.tensor)
-    what = f"{model.seq_length}: {layers} layers and a micro-batch of {micro_batch}, which"
-    remedy = "lower it or train.micro_batch_size, or set train.recompute=full"
+    held = "one layer" if layers == 1 else f"{layers} layers"
+    what = f"{model.seq_length}: {held} and a micro-batch of {micro_batch}, which"
+    further = "raise parallel.context" if recomputed else "set train.recompute=full"
+    remedy = f"lower it or train.micro_batch_size, or {further}"
     _check_memory("model.seq_length", what, share * ACTIVATION_BYTES[config.train.precision], remedy)
 
 

@@ -70,6 +70,11 @@ def test_sizes_beyond_the_memory(
             "16 GB are here; lower it or train.micro_batch_size, or set train.recompute=full",
         ),
         (
+            ("model.seq_length=33554432", "train.recompute=full"),
+            "model.seq_length: 33554432: one layer and a micro-batch of 8, which need 69 GB of memory, and "
+            "16 GB are here; lower it or train.micro_batch_size, or raise parallel.context",
+        ),
+        (
             ("train={global_batch_size: 16777216, micro_batch_size: null}",),
             "train.global_batch_size: 16777216 sequences of 256 tokens need 34 GB of memory, and 16 GB are "
             "here; lower it, or use more hosts",
