@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sinkbench.api import AttentionSpec
-from sinkbench.attention import flash, flex, fused, linear, reference, sdpa
+from sinkbench.attention import flash_torch, flex, fused, linear, reference, sdpa
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
 
@@ -69,7 +69,7 @@ def _missing_flex(spec: AttentionSpec, use: Use) -> list[str]:
 
 
 def _sdpa_needs_a_mask(spec: AttentionSpec, use: Use) -> bool:
-    kernel = flash.has_kernel(use.device, use.head_size, use.half, spec.window is not None)
+    kernel = flash_torch.has_kernel(use.device, use.head_size, use.half, spec.window is not None)
     return sdpa.needs_mask(spec, bias=use.position_bias, prefix=use.prefix, has_kernel=kernel)
 
 

@@ -1,166 +1,279 @@
-"""Softmax attention by torch's flash kernels, with a log-sum-exp that can be differentiated.
+"""Softmax attention with more terms in its sum, by kernels that compute the plain softmax.
 
-Those kernels give the log-sum-exp L of each row of scores, but their backward pass takes no gradient of it.
-It computes dS = P (dP - D) with D the row's dO.O. A gradient dL adds P dL to dS, so that all it takes is
-D - dL in place of D, and D is computed from the output that is handed over: O - dL dO / |dO|^2 does it.
-Where dO is zero so is dL, of any loss of a function of gate(L) O + (1 - gate(L)) c.
+    S_ij = scale q_i.k_j,  L = log sum_j exp S,  O = sum_j exp(S - L) v_j,  from the kernel
+    s = scale q.k*, value v*: an extra slot;  z, without a value: a sink logit
+    L' = log(exp L + exp s + exp z),  R = exp(L - L') O + exp(s - L') v*
 
-Shapes: b sequence of the batch, h head, q query, k key, d head size.
+The gradient of a softmax is dS_ij = A_ij (dR.v_j - dR.R) with A = exp(S - L'), whatever terms there are
+beside the keys. A kernel's backward pass computes just this from the output and the log-sum-exp that it is
+handed, so that it is handed R and L', and what is left is the gradient of the other terms:
+
+    ds = exp(s - L') (dR.v* - dR.R),  dz = -exp(z - L') dR.R
+    dq += scale ds k*,  dk* = scale sum ds q,  dv* = sum exp(s - L') dR
+
+The first positions, where they see one another, are an attention of their own. It replaces the causal one in
+their rows of R and L', and in the backward pass of that one an L' beyond all scores leaves them no weight.
+
+Shapes: b sequence of the batch, h head, g kv head, q query, k key, d head size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-aten = torch.ops.aten
+BEYOND_ALL_SCORES = 1e30
+"""exp(S - this) is zero."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def has_kernel(device: str, head_size: int, half: bool, window: bool) -> bool:
-    """Whether there is a kernel.
-
-    Args:
-        half: the inputs are bf16 or fp16.
-        window: with a sliding window.
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Attributes:
+    scale: factor on q.k.
+    causal: over the keys up to the query rather than all.
+    window: with ``causal``: over this many newest of them.
     """
-    if device == "cuda":
-        return half and head_size % 8 == 0 and head_size <= 256
-    return device == "cpu" and not window
+
+    scale: float
+    causal: bool = True
+    window: int | None = None
 
 
-def attention(
+class Kernel(Protocol):
+    """A plain softmax over as many keys as queries, with as many query heads for each kv head."""
+
+    def forward(
+        self, query_bhqd: Tensor, key_bgkd: Tensor, value_bgkd: Tensor, scores: Scores
+    ) -> tuple[Tensor, Tensor, Any]:
+        """O [b, h, q, d] and L [b, h, q], float32 or float64, in memory of their own, and what ``backward``
+        wants to see again."""
+
+    def backward(
+        self,
+        grad_bhqd: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        output_bhqd: Tensor,
+        lse_bhq: Tensor,
+        state: Any,
+        scores: Scores,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of query, key and value, in memory of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class More:
+    """Terms beside the keys.
+
+    Attributes:
+        slot_key, slot_value: [h, d]; a value of None is zero.
+        sink_logit: [h].
+    """
+
+    slot_key: Tensor | None = None
+    slot_value: Tensor | None = None
+    sink_logit: Tensor | None = None
+
+
+def softmax(
+    kernel: Kernel,
     query_bhqd: Tensor,
-    key_bhkd: Tensor,
-    value_bhkd: Tensor,
-    scale: float,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """O = softmax(scale q.k) V, and log sum exp(scale q.k) [b, h, q], float32 (or float64). As many keys as
-    queries, one key head for each query head.
+    key_bgkd: Tensor,
+    value_bgkd: Tensor,
+    scores: Scores,
+    more: More,
+    prefix: int = 0,
+) -> Tensor:
+    """R [b, h, q, d], as many keys as queries.
 
     Args:
-        causal: over the keys up to the query rather than all.
-        window: with ``causal``: over this many newest of them; where ``has_kernel`` says so.
+        prefix: without a window: the first so many positions see one another.
     """
-    result: tuple[Tensor, Tensor] = _Attention.apply(  # type: ignore[no-untyped-call]
-        query_bhqd, key_bhkd, value_bhkd, scale, causal, window
-    )
+    if prefix >= query_bhqd.shape[2]:
+        scores, prefix = replace(scores, causal=False), 0
+    terms = (more.slot_key, more.slot_value, more.sink_logit)
+    # One position sees itself in any case.
+    call = (kernel, scores, prefix if prefix > 1 else 0)
+    result: Tensor = _Softmax.apply(query_bhqd, key_bgkd, value_bgkd, *terms, *call)  # type: ignore[no-untyped-call]
     return result
 
 
-class _Attention(torch.autograd.Function):
+class _Softmax(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None
-    ) -> tuple[Tensor, Tensor]:
-        rest: list[Any] = []
-        if window is not None:
-            output, lse, rest = _windowed(query, key, value, scale, window)
-        elif query.is_cuda:
-            output, lse, *rest = aten._scaled_dot_product_flash_attention(
-                query, key, value, is_causal=causal, scale=scale
-            )
-        else:
-            output, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, is_causal=causal, scale=scale
-            )
-        ctx.save_for_backward(query, key, value, output, lse)
-        ctx.scale, ctx.causal, ctx.window, ctx.rest = scale, causal, window, rest[:6]
-        return output, lse
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        slot_key: Tensor | None,
+        slot_value: Tensor | None,
+        sink_logit: Tensor | None,
+        kernel: Kernel,
+        scores: Scores,
+        prefix: int,
+    ) -> Tensor:
+        inputs = (query, key, value)
+        output, lse, *states = kernel.forward(*inputs, scores)
+        if prefix:
+            within, within_lse, state = kernel.forward(*_first(inputs, prefix), replace(scores, causal=False))
+            output[:, :, :prefix] = within
+            lse[:, :, :prefix] = within_lse
+            states.append(state)
+        slot_score = None
+        if slot_key is not None or sink_logit is not None:
+            weighed = fused(weigh, output)(lse, query, slot_key, sink_logit, scores.scale)
+            lse, slot_score = weighed.total, weighed.slot_score
+            fused(_mix_in_place, output)(output, weighed.kept, weighed.slot, slot_value)
+        ctx.save_for_backward(*inputs, output, lse, slot_key, slot_value, sink_logit, slot_score)
+        ctx.kernel, ctx.scores, ctx.prefix, ctx.states = kernel, scores, prefix, states
+        return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse = ctx.saved_tensors
-        with_gradient = _compiled_with_gradient() if query.is_cuda else _with_gradient
-        handed_over = with_gradient(output, grad_output, grad_lse)
-        tensors = (grad_output.contiguous(), query, key, value, handed_over, lse)
-        if ctx.window is not None:
-            gradients = _windowed_backward(tensors, ctx.rest, ctx.scale, ctx.window)
-        elif query.is_cuda:
-            *lengths, state, unused = ctx.rest
-            gradients = aten._scaled_dot_product_flash_attention_backward(
-                *tensors, *lengths, 0.0, ctx.causal, state, unused, scale=ctx.scale
-            )
-        else:
-            gradients = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *tensors, 0.0, ctx.causal, scale=ctx.scale
-            )
-        return (*gradients, None, None, None)
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, output, lse, slot_key, slot_value, sink_logit, slot_score = ctx.saved_tensors
+        grads = list(_backward(ctx, grad, (query, key, value), output, lse))
+        of_terms: tuple[Tensor | None, ...] = (None, None, None)
+        if any(ctx.needs_input_grad[3:6]) or slot_score is not None:
+            rows = fused(_row_gradients, query)
+            by_row = rows(grad, output, lse, slot_score, slot_value, sink_logit)
+            spread = fused(_spread, query)
+            of_terms = spread(by_row, grad, query, grads[0], slot_key, slot_value, ctx.scores.scale)
+        return (*grads, *of_terms, None, None, None)
 
 
-def _windowed(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, window: int
-) -> tuple[Tensor, Tensor, list[Any]]:
-    """Output, log-sum-exp and state of the kernel below torch's, which takes windows, with the length before
-    the heads."""
-    length = query.shape[2]
-    output, lse, *rest = aten._flash_attention_forward(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        *(None, None, length, length, 0.0, False, False),
-        scale=scale,
-        window_size_left=window - 1,
-        window_size_right=0,
-    )
-    return output.transpose(1, 2), lse, rest
+def _backward(
+    ctx: Any, grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of query, key and value, but for what goes through an extra slot."""
+    kernel, scores, prefix = ctx.kernel, ctx.scores, ctx.prefix
+    if not prefix:
+        grads: tuple[Tensor, Tensor, Tensor] = kernel.backward(
+            grad, inputs, output, lse, ctx.states[0], scores
+        )
+        return grads
+    rest = lse.clone()
+    rest[:, :, :prefix] = BEYOND_ALL_SCORES
+    grads = kernel.backward(grad, inputs, output, rest, ctx.states[0], scores)
+    grad, output, lse = _first((grad, output, lse), prefix)
+    scores = replace(scores, causal=False)
+    within = kernel.backward(grad, _first(inputs, prefix), output, lse.contiguous(), ctx.states[1], scores)
+    grads[0][:, :, :prefix] = within[0]
+    for whole, part in zip(grads[1:], within[1:], strict=True):
+        whole[:, :, :prefix] += part
+    return grads
 
 
-def _windowed_backward(
-    tensors: tuple[Tensor, ...], rest: list[Any], scale: float, window: int
-) -> tuple[Tensor, ...]:
-    *with_heads, lse = tensors
-    length = lse.shape[2]
-    state, unused = rest[:2]
-    gradients = aten._flash_attention_backward(
-        *(x.transpose(1, 2) for x in with_heads),
-        lse,
-        *(None, None, length, length, 0.0, False, state, unused),
-        scale=scale,
-        window_size_left=window - 1,
-        window_size_right=0,
-    )
-    return tuple(x.transpose(1, 2) for x in gradients)
+def _first(tensors: tuple[Tensor, Tensor, Tensor], prefix: int) -> tuple[Tensor, Tensor, Tensor]:
+    first, second, third = (x[:, :, :prefix] for x in tensors)
+    return first, second, third
 
 
-def _with_gradient(output: Tensor, grad_output: Tensor, grad_lse: Tensor) -> Tensor:
-    """O - dL dO / |dO|^2, computed so that no square is lost below the least number."""
-    wide = grad_output.to(grad_lse.dtype)
-    largest = wide.abs().amax(-1, keepdim=True)
-    unit = wide / largest.where(largest > 0, 1.0)
-    square = unit.square().sum(-1, keepdim=True) * largest
-    step = grad_lse[..., None] / square.where(square > 0, 1.0)
-    return (output - step * unit).to(output.dtype)
+class Weighed(NamedTuple):
+    """L', s, and the weights of O and of v* in R, all [b, h, q]; None without a slot."""
+
+    total: Tensor
+    kept: Tensor
+    slot_score: Tensor | None
+    slot: Tensor | None
+
+
+def weigh(
+    lse_bhq: Tensor,
+    query_bhqd: Tensor,
+    slot_key_hd: Tensor | None,
+    sink_logit_h: Tensor | None,
+    scale: float,
+) -> Weighed:
+    """The first of the two steps to R, along the rows."""
+    total, slot_score, slot = lse_bhq, None, None
+    if slot_key_hd is not None:
+        slot_score = (query_bhqd.to(total.dtype) * slot_key_hd[:, None].to(total.dtype)).sum(-1) * scale
+        total = torch.logaddexp(total, slot_score)
+    if sink_logit_h is not None:
+        total = torch.logaddexp(total, sink_logit_h[:, None].to(total.dtype))
+    if slot_score is not None:
+        slot = (slot_score - total).exp()
+    return Weighed(total, (lse_bhq - total).exp(), slot_score, slot)
+
+
+def mix(
+    output_bhqd: Tensor, kept_bhq: Tensor, slot_bhq: Tensor | None, slot_value_hd: Tensor | None
+) -> Tensor:
+    """R [b, h, q, d] from O."""
+    result = kept_bhq[..., None] * output_bhqd
+    if slot_bhq is not None and slot_value_hd is not None:
+        result = result + slot_bhq[..., None] * slot_value_hd[:, None]
+    return result.to(output_bhqd.dtype)
+
+
+def _mix_in_place(output: Tensor, kept: Tensor, slot: Tensor | None, slot_value: Tensor | None) -> None:
+    """It spares memory, and some of the way to it while O is still in the cache."""
+    output.copy_(mix(output, kept, slot, slot_value))
+
+
+class _RowGradients(NamedTuple):
+    """ds and the weight of v* [b, h, q], and dz [h]."""
+
+    slot_score: Tensor | None
+    slot: Tensor | None
+    sink_logit: Tensor | None
+
+
+def _row_gradients(
+    grad: Tensor,
+    output: Tensor,
+    total: Tensor,
+    slot_score: Tensor | None,
+    slot_value: Tensor | None,
+    sink_logit: Tensor | None,
+) -> _RowGradients:
+    wide = grad.to(total.dtype)
+    mean = (wide * output).sum(-1)
+    of_score = slot = of_sink = None
+    if sink_logit is not None:
+        weight = (sink_logit[:, None].to(total.dtype) - total).exp()
+        of_sink = -(weight * mean).sum((0, 2)).to(sink_logit.dtype)
+    if slot_score is not None:
+        slot = (slot_score - total).exp()
+        direct = 0.0 if slot_value is None else (wide * slot_value[:, None]).sum(-1)
+        of_score = slot * (direct - mean)
+    return _RowGradients(of_score, slot, of_sink)
+
+
+def _spread(
+    rows: _RowGradients,
+    grad: Tensor,
+    query: Tensor,
+    grad_query: Tensor,
+    slot_key: Tensor | None,
+    slot_value: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dk*, dv* and dz; what the slot's key adds to dq is added in place."""
+    of_key = of_value = None
+    if slot_key is not None and rows.slot_score is not None and rows.slot is not None:
+        change = scale * rows.slot_score[..., None]
+        grad_query.copy_(grad_query + change * slot_key[:, None])
+        of_key = (change * query).sum((0, 2)).to(slot_key.dtype)
+        if slot_value is not None:
+            of_value = (rows.slot[..., None] * grad).sum((0, 2)).to(slot_value.dtype)
+    return of_key, of_value, rows.sink_logit
+
+
+def fused(function: _Function, like: Tensor) -> _Function:
+    """The function; on a card compiled. What goes along the rows and what goes along their elements are
+    functions of their own, as the compiler would else compute the row's part for each element."""
+    return _compiled(function) if like.is_cuda else function
 
 
 @cache
-def _compiled_with_gradient() -> Callable[..., Tensor]:
-    return torch.compile(_with_gradient)
-
-
-def gated(
-    output_bhqd: Tensor,
-    lse_bhq: Tensor,
-    slot_score_bhq: Tensor | None,
-    slot_value: Tensor | None,
-    sink_logit: Tensor | None,
-) -> Tensor:
-    """The output after more terms have joined the sum of the softmax.
-
-    Args:
-        slot_score_bhq, slot_value: score and value of one more key; the value is broadcastable to
-            [b, h, q, d], None for zero.
-        sink_logit: a term without a value, broadcastable to [b, h, q].
-    """
-    total = lse_bhq
-    for more in (slot_score_bhq, sink_logit):
-        if more is not None:
-            total = torch.logaddexp(total, more)
-    result = (lse_bhq - total).exp()[..., None] * output_bhqd
-    if slot_score_bhq is not None and slot_value is not None:
-        result = result + (slot_score_bhq - total).exp()[..., None] * slot_value
-    return result.to(output_bhqd.dtype)
+def _compiled(function: Any) -> Any:
+    return torch.compile(function)

@@ -1,22 +1,21 @@
 """Softmax attention by torch's fused kernels.
 
 An extra slot and a sink logit are one more term each in the sum of the softmax. They join it afterwards,
-through the log-sum-exp of the rows, where a flash kernel computes that; else, with a mask, they are one more
-key each.
+as ``flash`` says, where there is a kernel that gives the log-sum-exp of the rows; else, with a mask, they are
+one more key each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from sinkbench.api import AttentionSpec, Softmax
-from sinkbench.attention.flash import attention, gated, has_kernel
+from sinkbench.attention.flash import Kernel, More, Scores, fused, mix, softmax, weigh
+from sinkbench.attention.flash_torch import has_kernel, kernel_for
 from sinkbench.attention.reference import (
     Problem,
     allowed_qk,
@@ -65,8 +64,9 @@ def run(p: Problem) -> Tensor:
     masked = not p.aligned or needs_mask(p.spec, bias=bias, prefix=p.prefix > 0, has_kernel=kernel)
     if masked:
         output = _masked_with_more(p) if more else _attend(p, p.key_bgkd, p.value_bgkd, _mask(p), False)
-    elif more or p.spec.window is not None:
-        output = with_more(p, *_with_lse(p))
+    elif more or p.spec.window is not None or (p.prefix and kernel):
+        scores = Scores(scale=p.scale, window=p.spec.window)
+        output = through(kernel_for(p.query_bhqd, p.key_bgkd, p.value_bgkd, scores), p)
     else:
         output = _plain(p)
     return scaled_and_biased(p, output)
@@ -83,18 +83,10 @@ def _plain(p: Problem) -> Tensor:
     return torch.cat([within, output[:, :, p.prefix :]], 2)
 
 
-def _with_lse(p: Problem) -> tuple[Tensor, Tensor]:
-    """The same, or over a window, with the log-sum-exp of the rows."""
-    key, value = (_for_each_head(p, x) for x in (p.key_bgkd, p.value_bgkd))
-    output, lse = attention(p.query_bhqd, key, value, p.scale, window=p.spec.window)
-    if not p.prefix:
-        return output, lse
-    query, key, value = (x[:, :, : p.prefix] for x in (p.query_bhqd, key, value))
-    within, within_lse = attention(query, key, value, p.scale, causal=False)
-    return (
-        torch.cat([within, output[:, :, p.prefix :]], 2),
-        torch.cat([within_lse, lse[:, :, p.prefix :]], 2),
-    )
+def through(kernel: Kernel, p: Problem) -> Tensor:
+    """O [b, h, q, d] by a kernel of plain softmax, without the declared scale and bias of the output."""
+    tensors = (p.query_bhqd, p.key_bgkd, p.value_bgkd)
+    return softmax(kernel, *tensors, Scores(scale=p.scale, window=p.spec.window), _more(p), p.prefix)
 
 
 def _attend(p: Problem, key_bgkd: Tensor, value_bgkd: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
@@ -124,39 +116,27 @@ def with_more(p: Problem, output: Tensor, lse: Tensor) -> Tensor:
     which lse [b, h, q] is the logarithm of."""
     if not has_more(p.spec):
         return output
+    more = _more(p)
+    weighed = fused(weigh, output)(lse, p.query_bhqd, more.slot_key, more.sink_logit, p.scale)
+    return fused(mix, output)(output, weighed.kept, weighed.slot, more.slot_value)
+
+
+def _more(p: Problem) -> More:
+    heads, size = p.query_bhqd.shape[1], p.query_bhqd.shape[3]
     slot, key, value = p.spec.extra_slot, None, None
     if slot is not None:
-        key = _for_each_head(p, per_kv_head(p, p.parameters[slot.key]))
-        value = None if slot.value is None else slot_value(p)
-    join = _compiled_joined() if output.is_cuda else _joined
-    result: Tensor = join(output, lse, p.query_bhqd, key, value, _sink_logit(p, lse), p.scale)
-    return result
-
-
-def _for_each_head(p: Problem, x_bgtd: Tensor) -> Tensor:
-    """[b, h, t, d] from what there is for each kv head."""
-    per_group = p.query_bhqd.shape[1] // x_bgtd.shape[1]
-    return x_bgtd if per_group == 1 else x_bgtd.repeat_interleave(per_group, 1)
-
-
-def _joined(
-    output: Tensor,
-    lse: Tensor,
-    query: Tensor,
-    slot_key: Tensor | None,
-    slot_value: Tensor | None,
-    sink_logit: Tensor | None,
-    scale: float,
-) -> Tensor:
-    slot_score = None
-    if slot_key is not None:
-        slot_score = (query.to(lse.dtype) * slot_key.to(lse.dtype)).sum(-1) * scale
-    return gated(output, lse, slot_score, slot_value, sink_logit)
-
-
-@cache
-def _compiled_joined() -> Callable[..., Tensor]:
-    return torch.compile(_joined)
+        key = per_kv_head(p, p.parameters[slot.key]).repeat_interleave(heads // p.key_bgkd.shape[1], 1)[
+            0, :, 0
+        ]
+        if slot.value is not None:
+            value = slot_value(p).expand(1, heads, 1, size)[0, :, 0]
+    wide = torch.promote_types(p.query_bhqd.dtype, torch.float32)
+    sink_logit = _sink_logit(p, p.query_bhqd.new_empty((1, heads, 0), dtype=wide))
+    return More(
+        slot_key=key,
+        slot_value=value,
+        sink_logit=None if sink_logit is None else sink_logit[:, 0],
+    )
 
 
 def _sink_logit(p: Problem, like: Tensor) -> Tensor | None:
