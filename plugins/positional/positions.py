@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pydantic import Field, PositiveFloat, model_validator
@@ -113,10 +114,16 @@ def build_alibi(params: Params, context: BuildContext) -> PositionalSpec:
     """-slope_h |i - j|, in float32 (the paper's code rounds distances to bf16)."""
     slopes = alibi_slopes(context.num_heads)
 
-    def slope(heads: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+    @cache
+    def of_all_heads(device: torch.device) -> Tensor:
+        """Kept there: a copy to a card would hold up each step."""
         import torch
 
-        return torch.tensor(slopes, device=heads.device)[heads]
+        with torch.inference_mode(False):
+            return torch.tensor(slopes, device=device)
+
+    def slope(heads: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        return of_all_heads(heads.device)[heads]
 
     def bias(distance_qk: Tensor, heads: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         return -slope(heads, parameters)[:, None, None] * distance_qk.abs().float()
