@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sinkbench.api import AttentionSpec
-from sinkbench.attention import flash_torch, flex, fused, linear, reference, sdpa
+from sinkbench.attention import flash_attn, flash_torch, flex, fused, linear, reference, sdpa
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
 
@@ -59,6 +59,17 @@ class Backend:
     preferred: Callable[[AttentionSpec, Use], bool] = _always
 
 
+def _missing_flash(spec: AttentionSpec, use: Use) -> list[str]:
+    lacks = {
+        "attention on a CPU": use.device == "cpu",
+        "a sequence split by context parallelism": use.split_sequence,
+        "a position bias": use.position_bias,
+        "a window with a bidirectional prefix": spec.window is not None and use.prefix,
+    }
+    found = [what for what, wanted in lacks.items() if wanted]
+    return found or flash_attn.missing(spec, use.head_size, half=use.half)
+
+
 def _missing_flex(spec: AttentionSpec, use: Use) -> list[str]:
     lacks = {
         "attention on a CPU, where it holds T x T scores": use.device == "cpu",
@@ -92,6 +103,12 @@ def _missing_triton(spec: AttentionSpec, use: Use) -> list[str]:
 
 
 BACKENDS = (
+    Backend(
+        name="flash",
+        missing=_missing_flash,
+        run=flash_attn.run,
+        preferred=lambda spec, use: use.device == "cuda" and flash_attn.has_four(),
+    ),
     Backend(name="flex", missing=_missing_flex, run=flex.run, preferred=_sdpa_needs_a_mask),
     Backend(name="sdpa", missing=lambda spec, use: sdpa.missing(spec), run=sdpa.run),
     Backend(name="linear", missing=_missing_linear, run=linear.run),
