@@ -418,7 +418,8 @@ def attention(
         position_bias: added to the scores, such as a positional plugin's.
         position_parameters: a tensor for each of its parameters.
         prefix: the first so many positions see one another.
-        backend: "auto", or the backend that shall compute it: "sdpa", "flex", "linear", "triton", "eager".
+        backend: "auto", or the backend that shall compute it: "flash", "flex", "sdpa", "linear", "triton" or
+            "eager".
 
     Returns:
         [b, h, t, d] of the value's dtype.

@@ -118,7 +118,7 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
     """standard deviation when init is normal."""
     tie_embeddings: bool = False
-    backend: Literal["auto", "eager", "flex", "linear", "sdpa", "triton"] = "auto"
+    backend: Literal["auto", "eager", "flash", "flex", "linear", "sdpa", "triton"] = "auto"
     """attention implementation; auto takes the fastest that can do the job."""
     megatron: dict[str, Any] = {}
     """further fields of megatron's TransformerConfig, checked."""

@@ -1,5 +1,5 @@
-"""Softmax attention by the packages of FlashAttention, for ``flash``: flash-attn-4, which ``auto`` takes where
-it is installed, or flash-attn, whose kernels are those of torch and which is here to be asked for.
+"""Softmax attention by the packages of FlashAttention, for ``flash``: flash-attn-4, which ``auto`` takes
+where it is installed, or flash-attn, whose kernels are those of torch and which is here to be asked for.
 
 The functions below their public ones are called, as these take no output and log-sum-exp of a longer sum. All
 of them have the length before the heads.
