@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sinkbench import recipe_files
-from sinkbench.errors import SinkbenchError
+from sinkbench.errors import CheckpointError, SinkbenchError
 from sinkbench.files import write_atomically
 from sinkbench.measure.finished import CACHE, Finished
 from sinkbench.measure.inputs import INPUTS
 from sinkbench.measure.model_list import ModelList, read_model_list
-from sinkbench.measure.results import Result, Results, write
+from sinkbench.measure.results import Result, Results, Skipped, write
 from sinkbench.measure.settings import Settings
 from sinkbench.redaction import redact
 
@@ -91,13 +91,13 @@ class Job:
 
     Attributes:
         name: in tables.
-        optional: one that cannot be had is skipped.
+        skip: errors for which it is left out, and the others are measured.
     """
 
     target: str
     name: str
     settings: Settings
-    optional: bool = False
+    skip: tuple[type[SinkbenchError], ...] = ()
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -105,21 +105,25 @@ def run(arguments: argparse.Namespace) -> None:
 
     Raises:
         SinkbenchError: a target cannot be measured, or a file cannot be written.
+        CheckpointError: after all is written, if checkpoints of ``--step all`` were left out.
     """
     lists = [read_model_list(recipe_files.find(t)) for t in arguments.target if t.endswith(LIST_SUFFIXES)]
     jobs = list(_jobs(arguments, iter(lists)))
     results: list[Result] = []
-    skipped: list[tuple[str, str]] = []
+    skipped: list[Skipped] = []
     with _bars(len(jobs)) as bars:
         for job in jobs:
             try:
                 results += bars.measure(job, Finished(arguments.cache, again=arguments.again))
-            except SinkbenchError as error:
-                if not job.optional:
-                    raise
-                skipped.append((job.name, f"{error.problem}; {error.remedy}"))
-    _write(arguments, results)
+            except job.skip as error:
+                reason = str(error).removeprefix(f"{job.target}: ")
+                skipped.append(Skipped(target=job.name, step=job.settings.step, reason=reason))
+    _write(arguments, results, skipped)
     _print(results, lists, skipped)
+    damaged = [str(one.step) for one in skipped if one.step is not None]
+    if damaged:
+        problem = f"checkpoints left out of --step all: {', '.join(damaged)}"
+        raise CheckpointError("sinkbench measure", problem, "see the reasons above")
 
 
 def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator[Job]:
@@ -152,10 +156,11 @@ def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator
                 count=arguments.count or models.count,
             )
             for model in models.models:
-                yield Job(target=model.target, name=model.name, settings=settings, optional=True)
+                yield Job(target=model.target, name=model.name, settings=settings, skip=(SinkbenchError,))
         elif arguments.step == "all":
             for number in checkpoint_steps(target):
-                yield Job(target=target, name=target, settings=replace(settings, step=number))
+                one = replace(settings, step=number)
+                yield Job(target=target, name=target, settings=one, skip=(CheckpointError,))
         else:
             yield Job(target=target, name=target, settings=settings)
 
@@ -193,9 +198,9 @@ def _bars(targets: int) -> Iterator[_Bars]:
         yield _Bars(progress, targets)
 
 
-def _write(arguments: argparse.Namespace, results: Sequence[Result]) -> None:
+def _write(arguments: argparse.Namespace, results: Sequence[Result], skipped: Sequence[Skipped]) -> None:
     if arguments.json:
-        write(arguments.json, Results(results=list(results)))
+        write(arguments.json, Results(results=list(results), skipped=list(skipped)))
     if arguments.csv:
         from sinkbench.measure.tidy import to_csv
 
@@ -206,7 +211,7 @@ def _write(arguments: argparse.Namespace, results: Sequence[Result]) -> None:
         write_atomically(arguments.report, measurements_page(results, redact(" ".join(sys.argv[1:]))))
 
 
-def _print(results: Sequence[Result], lists: Sequence[ModelList], skipped: Sequence[tuple[str, str]]) -> None:
+def _print(results: Sequence[Result], lists: Sequence[ModelList], skipped: Sequence[Skipped]) -> None:
     from sinkbench.report.table import measurement_table
 
     published = {model.name: dict(model.published) for models in lists for model in models.models}
@@ -215,5 +220,7 @@ def _print(results: Sequence[Result], lists: Sequence[ModelList], skipped: Seque
         console.print(measurement_table(results, published))
     for models in lists:
         console.print(f"published: {models.source}", markup=False, highlight=False)
-    for name, reason in skipped:
-        console.print(f"skipped {name}: {reason}", markup=False, highlight=False)
+    for one in skipped:
+        step = "" if one.step is None else f", step {one.step}"
+        line = f"skipped {one.target}{step}: {one.reason}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from sinkbench.api import Batch, LayerCapture
 from sinkbench.errors import DataError
-from sinkbench.measure.hf_attention import AttentionCall, Watch, watching
+from sinkbench.measure.hf_attention import watching
+from sinkbench.measure.hf_call import AttentionCall, Watch
 from sinkbench.measure.hf_export import ExportedCall
 
 KeySums = Callable[[int, float], tuple[Tensor, Tensor, Tensor]]

@@ -18,7 +18,7 @@ from torch import Tensor
 from sinkbench.api import BLOCK_ELEMENTS
 
 if TYPE_CHECKING:
-    from sinkbench.measure.hf_attention import Watch
+    from sinkbench.measure.hf_call import Watch
 
 MODEL_TYPE = "sinkbench"
 """Of config.json."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sinkbench.errors import DataError
 from sinkbench.measure.changed_linears import Change, change
-from sinkbench.measure.hf_attention import Visible, Watch, watching
+from sinkbench.measure.hf_attention import watching
+from sinkbench.measure.hf_call import Visible, Watch
 from sinkbench.measure.hf_capture import decoder_layers
 from sinkbench.measure.next_token import most_sequences, next_token_losses
 

@@ -73,10 +73,23 @@ class Result(BaseModel):
     metrics: Metrics
 
 
+class Skipped(BaseModel):
+    """What was left out of a list of models, or of a run's checkpoints."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    target: str = Field(min_length=1)
+    """as in Result."""
+    step: NonNegativeInt | None = None
+    """of the checkpoint, if it is one of a run."""
+    reason: str = Field(min_length=1)
+
+
 class Results(Document):
     """What one call of ``sinkbench measure`` found."""
 
     results: list[Result]
+    skipped: list[Skipped] = []
 
 
 class StepMetrics(Document):

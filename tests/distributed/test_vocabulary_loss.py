@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sinkbench.testing import RunDistributed
 from tests.distributed.runs import DEMO, prepare
+from tests.largest_tensor import LargestTensor
 
 LENGTH, BATCH, HIDDEN, VOCABULARY = 10, 3, 8, 64
 Z_LOSS = 0.01
@@ -88,21 +86,6 @@ def test_losses_and_gradients_are_those_of_the_formula(
         torch.testing.assert_close(computed.double(), true, rtol=tolerance, atol=absolute)
 
 
-class _Sizes(TorchDispatchMode):
-    """The most elements of any tensor that an operation gives."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.largest = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self.largest = max(self.largest, tensor.numel())
-        return result
-
-
 def rank_watches(rank: int, world_size: int, fused: str) -> tuple[int, int]:
     """Elements of the largest tensor of a training step, and of all logits."""
     from sinkbench.data.source import open_source
@@ -121,10 +104,10 @@ def rank_watches(rank: int, world_size: int, fused: str) -> tuple[int, int]:
     place = parallel.start(config)
     engine = Engine(config, build_stages(config, declared, place), place)
     batch = declared.loss.transform({"tokens": torch.from_numpy(source.sequences(0, 32)["tokens"])})
-    with pytest.MonkeyPatch.context() as patch, _Sizes() as sizes:
+    with pytest.MonkeyPatch.context() as patch, LargestTensor() as sizes:
         patch.setattr(vocabulary_loss, "PART_BYTES", 64 * 4096 * 4)
         engine.train_step([batch])
-    return sizes.largest, 32 * 64 * 4096
+    return sizes.elements, 32 * 64 * 4096
 
 
 @pytest.mark.parametrize("fused", ["[loss]", "[]"])

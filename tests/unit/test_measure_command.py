@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sinkbench.cli import main
-from sinkbench.measure.results import Results, read
+from sinkbench.measure.results import Result, Results, read
 from tests.unit.open_models import FAMILIES, VOCABULARY, tiny_model
 
 pytest.importorskip("transformers")
@@ -135,6 +135,40 @@ def test_a_list_skips_what_cannot_be_had(folder: Path, run: Run, tmp_path: Path)
     assert "Tiny" in out
     assert "published: A paper" in out
     assert "skipped Gone: is neither a folder, a .gguf file nor a name on the hub" in " ".join(out.split())
+
+
+def test_damaged_checkpoints_are_left_out_of_all(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinkbench.checkpoint import CheckpointStore
+    from tests.unit.checkpoint_folder import save
+
+    folder, out = tmp_path / "runs" / "mine", tmp_path / "out.json"
+    store = CheckpointStore(folder / "checkpoints")
+    for number in (10, 20, 30):
+        save(store, number)
+    (folder / "checkpoints" / "step_20" / "shard").write_bytes(b"weighty")
+
+    def measure_run(target: str, checkpoint: Any, inputs: str, settings: Any) -> Result:
+        return Result(
+            target=target, inputs=inputs, length=12, count=3, bos=False, step=checkpoint.step, metrics={}
+        )
+
+    monkeypatch.setattr("sinkbench.measure.runs.measure_run", measure_run)
+    code, printed, err = run(folder, "--step", "all", "--json", out)
+    assert code == 2
+    assert err == "sinkbench measure: checkpoints left out of --step all: 20; see the reasons above\n"
+    (line,) = [line for line in printed.splitlines() if line.startswith("skipped ")]
+    assert "mine, step 20: " in line
+    results = read(out, Results)
+    assert [result.step for result in results.results] == [10, 30]
+    ((step, reason),) = [(one.step, one.reason) for one in results.skipped]
+    assert step == 20
+    assert reason in line
+    assert "shard: is not what was written" in reason
+    (folder / "checkpoints" / "step_20" / "shard").write_bytes(b"weights")
+    assert run(folder, "--step", "all", "--json", out)[0] == 0
+    assert not read(out, Results).skipped
 
 
 def test_the_papers_list_is_whole() -> None:

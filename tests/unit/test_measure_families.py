@@ -12,6 +12,7 @@ import torch
 from sinkbench.errors import DataError, PluginError
 from sinkbench.measure.inputs import random_tokens
 from sinkbench.measure.settings import Settings
+from tests.largest_tensor import LargestTensor
 from tests.unit.open_models import (
     FALCON_ALIBI,
     FAMILIES,
@@ -170,7 +171,7 @@ def test_streaming_equals_whole_and_batches_do_not_matter(
     model = tiny_model(family.split("/")[0], sizes)
     metrics = (*METRICS, "qk_split", "sink_cut", "{name: streaming_perplexity, cache: 6, first: 2}")
     whole = measured(model, metrics=metrics, attention="whole", batch_size=3)
-    for module in ("sinkbench.api", "sinkbench.measure.hf_attention"):
+    for module in ("sinkbench.api", "sinkbench.measure.hf_call"):
         monkeypatch.setattr(f"{module}.BLOCK_ELEMENTS", 5 * LENGTH * 4)  # blocks of a few queries
     streamed = measured(model, metrics=metrics, attention="streaming", batch_size=2)
     assert whole.keys() == streamed.keys()
@@ -179,7 +180,7 @@ def test_streaming_equals_whole_and_batches_do_not_matter(
 
 
 def test_long_sequences_never_have_their_whole_weights_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sinkbench.measure.hf_attention import AttentionCall
+    from sinkbench.measure.hf_call import AttentionCall
 
     length, held = 2048, []
     rows = AttentionCall.rows
@@ -190,7 +191,7 @@ def test_long_sequences_never_have_their_whole_weights_in_memory(monkeypatch: py
         return block
 
     monkeypatch.setattr(AttentionCall, "rows", recorded)
-    for module in ("sinkbench.api", "sinkbench.measure.hf_attention"):
+    for module in ("sinkbench.api", "sinkbench.measure.hf_call"):
         monkeypatch.setattr(f"{module}.BLOCK_ELEMENTS", 2**20)
     model = tiny_model("gemma2", {**FAMILIES["gemma2"], "max_position_embeddings": length})
     found = measured(model, length=length, count=1, metrics=())
@@ -198,6 +199,22 @@ def test_long_sequences_never_have_their_whole_weights_in_memory(monkeypatch: py
     assert sum(held) >= length * length * 4 * LAYERS, "every row was seen"
     assert found["row_sum"] == pytest.approx(1, abs=1e-5)
     assert np.shape(found["importance_raw"]) == (LAYERS, 4, 64)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss", "falcon", "falcon/alibi", "bloom"])
+def test_no_tensor_of_a_long_sequence_has_queries_times_keys(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = 256
+    for module in ("sinkbench.api", "sinkbench.measure.hf_call"):
+        monkeypatch.setattr(f"{module}.BLOCK_ELEMENTS", 2**14)
+    sizes = FALCON_ALIBI if family == "falcon/alibi" else FAMILIES[family]
+    if family != "bloom":
+        sizes = {**sizes, "max_position_embeddings": length}
+    model = tiny_model(family.split("/")[0], sizes)
+    with LargestTensor() as largest:
+        measured(model, length=length, count=1, metrics=(), attention="streaming")
+    assert 2**13 < largest.elements < length**2
 
 
 def test_alibi_of_falcon_is_added_once() -> None:
