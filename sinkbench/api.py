@@ -370,11 +370,14 @@ class ScoreBias:
         parameters: learned parameters by name, one set a layer.
         slope: (heads int64, parameters by name) -> m [h] float32 of a bias that is -m |distance|, which the
             fused kernel then computes instead of looking it up; ``function`` gives the same.
+        constant_from: from this distance on ``function`` gives the same, by the same parameters, for all, so
+            that the fused kernel looks up nearer ones only.
     """
 
     function: Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
     parameters: Mapping[str, ParameterSpec] = field(default_factory=dict)
     slope: Callable[[Tensor, Mapping[str, Tensor]], Tensor] | None = None
+    constant_from: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

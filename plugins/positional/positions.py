@@ -150,7 +150,8 @@ def build_t5(params: T5Params, context: BuildContext) -> PositionalSpec:
         return learned["bias"][:, bucket(distance_qk, params)].float()
 
     table = ParameterSpec(shape=("heads", params.buckets), std=params.init_std)
-    return PositionalSpec(score_bias=ScoreBias(function=bias, parameters={"bias": table}))
+    score_bias = ScoreBias(function=bias, parameters={"bias": table}, constant_from=params.max_distance)
+    return PositionalSpec(score_bias=score_bias)
 
 
 def build_relative_reference(params: BucketParams, context: BuildContext) -> PositionalSpec:
@@ -164,7 +165,7 @@ def build_relative_reference(params: BucketParams, context: BuildContext) -> Pos
     def bias(distance_qk: Tensor, heads: Tensor, _: Mapping[str, Tensor]) -> Tensor:
         return bucket(distance_qk, params).float().expand(len(heads), -1, -1)
 
-    return PositionalSpec(score_bias=ScoreBias(function=bias))
+    return PositionalSpec(score_bias=ScoreBias(function=bias, constant_from=params.max_distance))
 
 
 @hookimpl

@@ -1,5 +1,5 @@
-"""Elementwise similarities by the Triton kernel: with Triton functions that are given, or written from the
-similarity itself."""
+"""Attention by the Triton kernels: softmax, where it has a position bias, and elementwise similarities, with
+Triton functions that are given, or written from the similarity itself."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from sinkbench.api import AttentionSpec, Elementwise, WeightRule
-from sinkbench.attention import elementwise
+from sinkbench.api import AttentionSpec, Elementwise, Softmax, WeightRule
+from sinkbench.attention import elementwise, sdpa
 from sinkbench.attention.reference import Problem, scaled_and_biased
 
 NO_FORM = ", which has no Triton form"
 
 
 def missing(spec: AttentionSpec, head_size: int) -> list[str]:
-    """What a declaration asks for that the kernel cannot do, its function aside; empty if it can."""
-    rule = spec.rule
+    """What a declaration asks for that the kernels cannot do, its function aside; empty if they can."""
+    softmax = isinstance(spec.rule, Softmax)
     lacks = {
         "the package triton, which is not installed": importlib.util.find_spec("triton") is None,
-        "weights that need whole rows": not isinstance(rule, Elementwise),
+        "weights that need whole rows": not softmax and not isinstance(spec.rule, Elementwise),
         "a feature map": spec.feature_map is not None,
-        "an extra slot": spec.extra_slot is not None,
+        "an extra slot": spec.extra_slot is not None and not softmax,
         f"a head size of {head_size}": not head_size_fits(head_size),
     }
     return [what for what, wanted in lacks.items() if wanted]
@@ -47,24 +47,28 @@ def head_size_fits(head_size: int) -> bool:
 
 
 def run(p: Problem) -> Tensor:
-    """O [b, h, q, d]."""
+    """O [b, h, q, d]. A score bias of a softmax only counts against a sink, and extra terms join its sum
+    afterwards, as in sdpa."""
     from sinkbench.attention import triton_elementwise
 
-    rule = p.spec.rule
+    tensors, rule, window = (p.query_bhqd, p.key_bgkd, p.value_bgkd), p.spec.rule, p.spec.window
+    if isinstance(rule, Softmax):
+        output, lse = triton_elementwise.softmax(
+            *tensors, scale=p.scale, window=window, prefix=p.prefix, **position(p)
+        )
+        return scaled_and_biased(p, sdpa.with_more(p, output, lse))
     assert isinstance(rule, Elementwise)
     given = rule.fused(p.query_bhqd.dtype) if rule.fused is not None else None
     function, derivative = given or elementwise.load(rule.function)
     output = triton_elementwise.attend(
-        p.query_bhqd,
-        p.key_bgkd,
-        p.value_bgkd,
+        *tensors,
         function=function,
         derivative=derivative,
         normalize=rule.normalize,
         eps=rule.eps,
         scale=p.scale,
         bias_h=score_bias(p),
-        window=p.spec.window,
+        window=window,
         prefix=p.prefix,
         **position(p),
     )
@@ -83,7 +87,8 @@ def score_bias(p: Problem) -> Tensor | None:
 
 def position(p: Problem) -> dict[str, Tensor]:
     """The position bias as the kernels take it: slopes [h], or a table [h, n] of the distances from the
-    farthest key ahead, in a prefix, to the first key. Gradients go on through what computed them."""
+    farthest key ahead, in a prefix, to the first key, or to where the bias stays as it is. Gradients go on
+    through what computed them."""
     bias = p.position_bias
     if bias is None:
         return {}
@@ -91,5 +96,6 @@ def position(p: Problem) -> dict[str, Tensor]:
         return {"slope_h": bias.slope(p.heads, p.position_parameters)}
     length = p.query_bhqd.shape[2]
     ahead = max(min(p.prefix, length) - 1, 0)
-    distance = torch.arange(-ahead, length, device=p.query_bhqd.device)[None]
+    last = length - 1 if bias.constant_from is None else min(bias.constant_from, length - 1)
+    distance = torch.arange(-ahead, last + 1, device=p.query_bhqd.device)[None]
     return {"table_hn": bias.function(distance, p.heads, p.position_parameters)[:, 0]}

@@ -1,4 +1,4 @@
-"""The backward kernels of elementwise attention; see ``triton_elementwise`` for the formulas and shapes."""
+"""The backward kernels of attention; see ``triton_elementwise`` for the formulas and shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from sinkbench.attention.triton_blocks import (
     add_position,
     at_rows,
     dot,
+    far_keys,
+    far_queries,
     key_range,
+    load_log_sum,
     load_position,
     load_rows,
     query_range,
@@ -25,7 +28,8 @@ def divide_gradient(
     NORMALIZE: tl.constexpr, WIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dO / r, which stands for dO in the rest of the backward pass, and D = sum_d (dO / r) O. For
-    r = max(|z|, 1), D comes with the derivative sign(z) [|z| > 1]."""
+    r = max(|z|, 1), D comes with the derivative sign(z) [|z| > 1]. For a softmax dO stays as it is, and D is
+    less the gradient of the logarithm of the sum, which is what ``r_ptr`` holds then."""
     pair = tl.program_id(1)
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     do_ptr += batch * stride_dob + head.to(tl.int64) * stride_doh
@@ -35,19 +39,25 @@ def divide_gradient(
     inside = rows < length
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     r = tl.load(r_ptr + pair.to(tl.int64) * length + rows, mask=inside, other=1.0)
-    inverse = 1.0 / r
+    inverse = tl.full([BLOCK], 1.0, tl.float32)
+    if NORMALIZE == 1:
+        inverse = 1.0 / r
     if NORMALIZE == 2:
         inverse = 1.0 / tl.maximum(tl.abs(r), 1.0)
     do0 = load_rows(do_ptr, rows, first, stride_dot, length, True, WIDE).to(tl.float32) * inverse[:, None]
     delta = tl.sum(do0 * load_rows(o_ptr, rows, first, stride_ot, length, True, WIDE).to(tl.float32), 1)
     out_rows = out_ptr + at_rows(rows, stride_outt, WIDE)
-    tl.store(out_rows + first[None, :], do0.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    if NORMALIZE != 3:
+        tl.store(out_rows + first[None, :], do0.to(out_ptr.dtype.element_ty), mask=inside[:, None])
     if D1 > 1:
         do1 = (
             load_rows(do_ptr, rows, second, stride_dot, length, True, WIDE).to(tl.float32) * inverse[:, None]
         )
         delta += tl.sum(do1 * load_rows(o_ptr, rows, second, stride_ot, length, True, WIDE).to(tl.float32), 1)
-        tl.store(out_rows + second[None, :], do1.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+        if NORMALIZE != 3:
+            tl.store(out_rows + second[None, :], do1.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+    if NORMALIZE == 3:
+        delta -= r
     if NORMALIZE == 2:
         delta *= tl.where(r > 1.0, 1.0, tl.where(r < -1.0, -1.0, 0.0))
     tl.store(delta_ptr + pair.to(tl.int64) * length + rows, delta, mask=inside)
@@ -56,11 +66,12 @@ def divide_gradient(
 @triton.jit
 def _backward_keys_block(
     at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope,
-    q_ptr, do_ptr, delta_ptr, stride_qt, stride_dot, first, second,
+    q_ptr, do_ptr, delta_ptr, lse_ptr, stride_qt, stride_dot, first, second,
     length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
     SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     rows = at + tl.arange(0, BLOCK_Q)
     q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
@@ -73,7 +84,11 @@ def _backward_keys_block(
         s = dot(k1, tl.trans(q1), s, PRECISION)
         dp = dot(v1, tl.trans(do1), dp, PRECISION)
     s = s * scale + bias
-    s = add_position(s, rows[None, :], keys[:, None], position_ptr, slope, ahead, count, POSITION)
+    s = add_position(
+        s, rows[None, :], keys[:, None], at, position_ptr, slope, ahead, count, POSITION, PREFIX, UNIT
+    )
+    if NORMALIZE == 3:
+        s -= load_log_sum(lse_ptr, rows, length, UNIT)[None, :]
     p = F(s)
     ds = DF(s, p)
     if MASK:
@@ -99,14 +114,15 @@ def _backward_keys_block(
 
 @triton.jit
 def backward_keys(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, delta_ptr, bias_ptr, position_ptr, db_ptr, dslope_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, delta_ptr, lse_ptr, bias_ptr, position_ptr,
+    db_ptr, dslope_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dkb, stride_dkh, stride_dkt,
     heads, group, length, scale, window, prefix, ahead, count,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of keys and values, for the queries of one head: those of a kv head's
@@ -122,6 +138,7 @@ def backward_keys(
     dk_ptr += batch * stride_dkb + head.to(tl.int64) * stride_dkh
     dv_ptr += batch * stride_dkb + head.to(tl.int64) * stride_dkh
     delta_ptr += pair.to(tl.int64) * length
+    lse_ptr += pair.to(tl.int64) * length
     keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
@@ -136,24 +153,36 @@ def backward_keys(
     dslope = 0.0
     bias = 0.0
     if BIAS:
-        bias = tl.load(bias_ptr + head)
-    slope = load_position(position_ptr, POSITION)
+        bias = tl.load(bias_ptr + head) * UNIT
+    slope = load_position(position_ptr, POSITION, UNIT)
     # Queries beyond the end, in the last block, have a gradient of 0.
     start, masked_end, end = query_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
+    far = end
+    if POSITION == 2 and not WINDOW:
+        far = far_queries(block, masked_end, end, ahead, count, BLOCK_Q, BLOCK_K)
     for at in range(start, masked_end, BLOCK_Q):
         dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
-            at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr,
+            at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
             stride_qt, stride_dot, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
-            F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, True, PRECISION, WIDE, D1,
-            BLOCK_Q)  # fmt: skip
-    for at in range(masked_end, end, BLOCK_Q):
+            length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT,
+            D1, BLOCK_Q)  # fmt: skip
+    for at in range(masked_end, far, BLOCK_Q):
         dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
-            at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr,
+            at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
             stride_qt, stride_dot, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
-            F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, False, PRECISION, WIDE, D1,
-            BLOCK_Q)  # fmt: skip
+            length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
+            D1, BLOCK_Q)  # fmt: skip
+    if POSITION == 2 and not WINDOW:
+        farthest = bias + UNIT * tl.load(position_ptr + count - 1)
+        for at in range(far, end, BLOCK_Q):
+            dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
+                at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
+                stride_qt, stride_dot, first, second,
+                length, scale * UNIT, farthest, window, prefix, position_ptr, slope, ahead, count,
+                F, DF, NORMALIZE, 0, SLOPE_GRADIENT, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
+                D1, BLOCK_Q)  # fmt: skip
     inside = (keys < length)[:, None]
     at_keys = at_rows(keys, stride_dkt, WIDE)
     tl.store(dk_ptr + at_keys + first[None, :], (dk0 * scale).to(dk_ptr.dtype.element_ty), mask=inside)
@@ -169,11 +198,11 @@ def backward_keys(
 
 @triton.jit
 def _backward_queries_block(
-    at, rows, q0, q1, do0, do1, dq0, dq1, delta, k_ptr, v_ptr, stride_kt, stride_vt,
+    at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
     first, second, length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
@@ -186,7 +215,11 @@ def _backward_queries_block(
         s = dot(q1, tl.trans(k1), s, PRECISION)
         dp = dot(do1, tl.trans(v1), dp, PRECISION)
     s = s * scale + bias
-    s = add_position(s, rows[:, None], keys[None, :], position_ptr, slope, ahead, count, POSITION)
+    s = add_position(
+        s, rows[:, None], keys[None, :], at, position_ptr, slope, ahead, count, POSITION, PREFIX, UNIT
+    )
+    if NORMALIZE == 3:
+        s -= lse[:, None]
     ds = DF(s, F(s))
     if MASK:
         ds = tl.where(visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX), ds, 0.0)
@@ -202,14 +235,15 @@ def _backward_queries_block(
 
 @triton.jit
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, delta_ptr, bias_ptr, position_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, delta_ptr, lse_ptr, bias_ptr, position_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dqb, stride_dqh, stride_dqt,
     heads, group, length, scale, window, prefix, ahead, count,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     head = pair % heads
@@ -232,21 +266,35 @@ def backward_queries(
     delta = tl.zeros([BLOCK_Q], tl.float32)
     if NORMALIZE:
         delta = tl.load(delta_ptr + pair.to(tl.int64) * length + rows, mask=inside, other=0.0)
+    lse = tl.zeros([BLOCK_Q], tl.float32)
+    if NORMALIZE == 3:
+        lse = load_log_sum(lse_ptr + pair.to(tl.int64) * length, rows, length, UNIT)
     bias = 0.0
     if BIAS:
-        bias = tl.load(bias_ptr + head)
-    slope = load_position(position_ptr, POSITION)
+        bias = tl.load(bias_ptr + head) * UNIT
+    slope = load_position(position_ptr, POSITION, UNIT)
     start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
+    if POSITION == 2 and not WINDOW:
+        near = far_keys(block, start, unmasked, ahead, count, BLOCK_Q, BLOCK_K)
+        farthest = bias + UNIT * tl.load(position_ptr + count - 1)
+        for at in range(start, near, BLOCK_K):
+            dq0, dq1 = _backward_queries_block(
+                at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt, first,
+                second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, ahead, count,
+                F, DF, NORMALIZE, 0, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K)  # fmt: skip
+        start = near
     for at in range(start, unmasked, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
-            at, rows, q0, q1, do0, do1, dq0, dq1, delta, k_ptr, v_ptr, stride_kt, stride_vt,
-            first, second, length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
-            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, D1, BLOCK_K)  # fmt: skip
+            at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
+            first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
+            D1, BLOCK_K)  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
-            at, rows, q0, q1, do0, do1, dq0, dq1, delta, k_ptr, v_ptr, stride_kt, stride_vt,
-            first, second, length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
-            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, D1, BLOCK_K)  # fmt: skip
+            at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
+            first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead, count,
+            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT,
+            D1, BLOCK_K)  # fmt: skip
     dq_rows = dq_ptr + at_rows(rows, stride_dqt, WIDE)
     tl.store(dq_rows + first[None, :], (dq0 * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
     if D1 > 1:

@@ -2,8 +2,9 @@
 
 What a variant does not need is switched off at compile time. WINDOW: a query sees the newest ``window`` keys
 only. PREFIX: the first ``prefix`` positions, at most the length, see one another. POSITION: 0 for no bias by
-distance, 1 for -slope |i - j|, 2 for a table over the distances from ``-ahead`` on. WIDE: offsets within a
-tensor exceed 32 bits.
+distance, 1 for -slope |i - j|, 2 for a table over the distances from ``-ahead`` on, whose last entry is also
+for all beyond. WIDE: offsets within a tensor exceed 32 bits. UNIT: factor on scores and their biases, log2 e
+for a softmax, whose weights are powers of two, else 1.
 """
 
 from __future__ import annotations
@@ -36,23 +37,56 @@ def dot(a, b, c, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_position(position_ptr, POSITION: tl.constexpr):
+def load_position(position_ptr, POSITION: tl.constexpr, UNIT: tl.constexpr):
     """A head's slope. A table is read by distance."""
     slope = 0.0
     if POSITION == 1:
-        slope = tl.load(position_ptr)
+        slope = tl.load(position_ptr) * UNIT
     return slope
 
 
 @triton.jit
-def add_position(s, row, key, table_ptr, slope, ahead, count, POSITION: tl.constexpr):
-    """Scores and their bias by distance. ``row`` and ``key`` broadcast to the shape of the scores."""
+def add_position(
+    s, row, key, origin, table_ptr, slope, ahead, count,
+    POSITION: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Scores and their bias by distance.
+
+    Args:
+        row, key: broadcast to the shape of the scores.
+        origin: a position of the block. From there a slope takes one step for rows and one for keys, exact
+            where they are near, which is less work than a distance of each pair.
+        slope: of ``load_position``.
+    """
     if POSITION == 1:
-        s -= slope * tl.abs(row - key).to(tl.float32)
+        if PREFIX:  # keys may lie ahead
+            s -= slope * tl.abs(row.to(tl.float32) - key.to(tl.float32))
+        else:
+            s += slope * (key - origin).to(tl.float32)
+            s -= slope * (row - origin).to(tl.float32)
     if POSITION == 2:
         # Positions beyond the end lie beyond the table: what they read does not count.
-        s += tl.load(table_ptr + tl.minimum(tl.maximum(row - key + ahead, 0), count - 1))
+        s += UNIT * tl.load(table_ptr + tl.minimum(tl.maximum(row - key + ahead, 0), count - 1))
     return s
+
+
+@triton.jit
+def power_of_two(s):
+    """A softmax's weight of a score less the logarithm of the row's sum, in powers of two."""
+    return tl.exp2(s)
+
+
+@triton.jit
+def itself(s, p):
+    """The derivative of an exponential."""
+    return p
+
+
+@triton.jit
+def load_log_sum(lse_ptr, rows, length, UNIT: tl.constexpr):
+    """log2 sum exp of rows; infinite, so that no key has weight, for rows without any and beyond the end."""
+    lse = tl.load(lse_ptr + rows, mask=rows < length, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * UNIT)
 
 
 @triton.jit
@@ -91,6 +125,13 @@ def key_range(
 
 
 @triton.jit
+def far_keys(block, start, unmasked, ahead, count, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the keys that all queries of a block see, the end of those that are farther than the table goes."""
+    end = tl.maximum(block * BLOCK_Q + ahead - count + 2, 0) // BLOCK_K * BLOCK_K
+    return tl.maximum(start, tl.minimum(unmasked, end))
+
+
+@triton.jit
 def query_range(
     block, length, window, prefix,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -110,3 +151,10 @@ def query_range(
     if WINDOW:
         masked_end = end
     return start, masked_end, end
+
+
+@triton.jit
+def far_queries(block, masked_end, end, ahead, count, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the queries that see all keys of a block, the first that is farther than the table goes."""
+    first = tl.maximum((block + 1) * BLOCK_K + count - ahead - 2, 0)
+    return tl.minimum(end, tl.maximum(masked_end, tl.cdiv(first, BLOCK_Q) * BLOCK_Q))

@@ -1,14 +1,17 @@
-"""Fused causal attention with an elementwise similarity, in memory that grows with the length.
+"""Fused causal attention with an elementwise similarity or a softmax, in memory that grows with the length.
 
     S = scale Q K^T + b + t_{i-j},  P = f(S) M,  z = sum P,  r = z + eps, max(|z|, 1) or 1,  O = P V / r
     dO' = dO / r,  D = sum_d dO' O (times sign(z) [|z| > 1] for the second r, or 0 for the third)
     dS = f'(S) M (dO' V^T - D),  dV = P^T dO',  dQ = scale dS K,  dK = scale dS^T Q
     db = sum dS,  dt_n = sum of dS at the distance n,  for t_n = -m |n|: dm = -sum dS |i - j|
 
-No row maximum, so no rescaling: a block of keys is two matrix products and f. The backward pass takes
-one kernel for keys and values and one for queries, so that no sum depends on the order of blocks:
-gradients are the same bits in every run, those of biases too. ``train.deterministic`` therefore only keeps
-the sizes of blocks from being tuned (``tiles``), since other sizes are other orders of sums.
+    Softmax: L = log sum exp S over the keys seen,  P = exp(S - L) M,  O = P V,  D = sum_d dO O - dL
+
+Without a softmax there is no row maximum, so no rescaling: a block of keys is two matrix products and f.
+The backward pass of a softmax is that of f(S) = f'(S) = exp(S - L). It takes one kernel for keys and values
+and one for queries, so that no sum depends on the order of blocks: gradients are the same bits in every run,
+those of biases too. ``train.deterministic`` therefore only keeps the sizes of blocks from being tuned
+(``tiles``), since other sizes are other orders of sums.
 
 A head size that is no power of two is taken as its two largest parts (96 = 64 + 32), each with products
 of its own, instead of being padded.
@@ -18,6 +21,7 @@ Shapes: b sequence of the batch, h head, g kv head, t position, d head size, n d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,11 +33,13 @@ from torch import Tensor
 from sinkbench.attention import tiles
 from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_backward import backward_keys, backward_queries, divide_gradient
-from sinkbench.attention.triton_blocks import SLOPE, TABLE
+from sinkbench.attention.triton_blocks import SLOPE, TABLE, itself, power_of_two
 from sinkbench.attention.triton_forward import forward
 from sinkbench.attention.triton_table import along_diagonals, table_gradient
 
 NORMALIZERS: dict[bool | str, int] = {False: 0, True: 1, "abs": 2}
+SOFTMAX = 3
+"""In the place of a normaliser."""
 TABLE_BLOCK = 32
 """Queries and keys of a block of the gradient of a table."""
 TABLE_PARTS = 4
@@ -45,6 +51,7 @@ class Settings:
     """What is the same in all kernels of a call.
 
     Attributes:
+        normalize: of ``NORMALIZERS``, or SOFTMAX.
         position: 0, SLOPE or TABLE.
         ahead: distances of the table before 0.
     """
@@ -86,7 +93,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, position: Tensor | None, s: Settings
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         batch, heads, length, _ = q.shape
         out = _by_position(q)
@@ -105,18 +112,17 @@ class _Attention(torch.autograd.Function):
         launch(call.tiles("forward", launch))
         ctx.save_for_backward(q, k, v, bias, position, out if s.normalize else None, rows)
         ctx.settings = s
-        return out
+        return (out, rows) if s.normalize == SOFTMAX else out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor, *of_rows: Tensor) -> tuple[Any, ...]:
         q, k, v, bias, position, out, rows = ctx.saved_tensors
         s: Settings = ctx.settings
-        (grad,) = grads
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         call = _Call(q, k, v, bias, position, s, rows)
         delta = rows
         if s.normalize:
-            grad, delta = call.divided_gradient(grad, out, rows)
+            grad, delta = call.divided_gradient(grad, out, of_rows[0].contiguous() if of_rows else rows)
         dk, dv, db, dslope = call.gradients_of_keys(grad, delta, ctx.needs_input_grad[4])
         dq = call.gradient_of_queries(grad, delta)
         if q.shape[1] != k.shape[1]:
@@ -124,8 +130,11 @@ class _Attention(torch.autograd.Function):
         dbias = None if bias is None else db.sum((0, 2)).to(bias.dtype)
         dposition = None
         if ctx.needs_input_grad[4]:
-            table = s.position == TABLE
-            dposition = call.gradient_of_table(grad, delta) if table else dslope.sum((0, 2))
+            dposition = dslope.sum((0, 2)) if s.position == SLOPE else call.gradient_of_table(grad, delta)
+            if call.table_ends:
+                # All of dS, which a softmax's weights leave in the log-sum-exp alone, less that of the rest.
+                total = of_rows[0].sum((0, 2)) if s.normalize == SOFTMAX else db.sum((0, 2))
+                dposition[:, -1] = total - dposition[:, :-1].sum(1)
         return dq, dk, dv, dbias, dposition, None
 
 
@@ -134,13 +143,14 @@ class _Call:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, position: Tensor | None, s: Settings,
-        unused: Tensor,
+        rows: Tensor,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.s = q, k, v, s
+        self.q, self.k, self.v, self.s, self.rows = q, k, v, s, rows
         self.group = q.shape[1] // k.shape[1]
-        self.bias = unused if bias is None else bias.float().contiguous()
-        self.position = unused if position is None else position
+        self.bias = rows if bias is None else bias.float().contiguous()  # unused if there is none
+        self.position = rows if position is None else position
         count = position.shape[1] if position is not None and s.position == TABLE else 1
+        self.table_ends = s.position == TABLE and count < s.ahead + q.shape[2]
         self.mask = (s.window or 0, s.prefix, s.ahead, count)
         d0, d1 = split_head_size(q.shape[-1])
         self.switches: dict[str, Any] = {
@@ -150,6 +160,7 @@ class _Call:
             "WINDOW": s.window is not None,
             "PREFIX": s.prefix > 0,
             "PRECISION": precision(q),
+            "UNIT": math.log2(math.e) if s.normalize == SOFTMAX else 1.0,
             "D0": d0,
             "D1": d1,
         }
@@ -170,8 +181,10 @@ class _Call:
         return tiles.choose(kernel, self.q, variant, launch, table=s.position == TABLE)
 
     def divided_gradient(self, grad: Tensor, out: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See the kernel; ``rows`` is the gradient of the log-sum-exp for a softmax."""
         batch, heads, length, _ = grad.shape
-        divided, delta = torch.empty_like(out), torch.empty_like(rows)
+        delta = torch.empty_like(rows)
+        divided = grad if self.s.normalize == SOFTMAX else torch.empty_like(out)
         strides = (*grad.stride()[:3], *out.stride()[:3], *divided.stride()[:3])
         switches = {name: self.switches[name] for name in ("NORMALIZE", "D0", "D1")}
         divide_gradient[(triton.cdiv(length, 64), batch * heads)](
@@ -197,7 +210,7 @@ class _Call:
         def launch(chosen: Tiles) -> int:
             blocks: int = triton.cdiv(length, chosen.block_k)
             backward_keys[(blocks, batch * heads)](
-                q, k, v, grad, dk, dv, delta, self.bias, self.position, db, dslope,
+                q, k, v, grad, dk, dv, delta, self.rows, self.bias, self.position, db, dslope,
                 *self.strides, *grad.stride()[:3], *dk.stride()[:3],
                 heads, self.group, length, s.scale, *self.mask,
                 F=s.function, DF=s.derivative, SLOPE_GRADIENT=slope, WIDE=is_wide(q, k, v, grad, dk),
@@ -219,7 +232,7 @@ class _Call:
 
         def launch(chosen: Tiles) -> None:
             backward_queries[(triton.cdiv(length, chosen.block_q), batch * heads)](
-                q, k, v, grad, dq, delta, self.bias, self.position,
+                q, k, v, grad, dq, delta, self.rows, self.bias, self.position,
                 *self.strides, *grad.stride()[:3], *dq.stride()[:3],
                 heads, self.group, length, s.scale, *self.mask,
                 F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad, dq),
@@ -236,6 +249,8 @@ class _Call:
         size, farthest = TABLE_BLOCK, triton.cdiv(length, TABLE_BLOCK) - 1
         if s.window is not None:
             farthest = min(farthest, triton.cdiv(max(s.window, s.prefix) - 1, size))
+        if self.table_ends:
+            farthest = min(farthest, triton.cdiv(max(self.position.shape[1] - 2 - s.ahead, 0), size))
         nearest = -triton.cdiv(max(s.prefix - 1, 0), size)
         nearest = max(nearest, 1 - triton.cdiv(length, size))
         parts = min(batch, TABLE_PARTS)
@@ -243,7 +258,8 @@ class _Call:
         blocks = torch.empty(parts, heads, grid[0], size, size, dtype=torch.float32, device=q.device)
         switches = {name: value for name, value in self.switches.items() if name != "POSITION"}
         table_gradient[grid](
-            q, k, v, grad, delta, self.bias, self.position, blocks, *self.strides, *grad.stride()[:3],
+            q, k, v, grad, delta, self.rows, self.bias, self.position, blocks,
+            *self.strides, *grad.stride()[:3],
             batch, heads, self.group, length, s.scale, *self.mask, nearest,
             F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad), BLOCK=size, **switches,
             num_warps=4, num_stages=2,
@@ -280,25 +296,68 @@ def attend(
         prefix: the first so many positions see one another.
         slope_h: -slope |i - j| is added to the scores; not together with ``table_hn``.
         table_hn: what is added to the scores by the distance i - j, from max(prefix - 1, 0) positions ahead
-            to t - 1 behind.
+            to t - 1 behind, or to where the rest is as the last.
     """
-    prefix = min(prefix, query_bhtd.shape[2])
-    ahead = max(prefix - 1, 0)
-    position, kind = None, 0
-    if slope_h is not None:
-        position, kind = slope_h.float().contiguous(), SLOPE
-    if table_hn is not None:
-        position, kind = table_hn.float().contiguous(), TABLE
-    settings = Settings(
+    if table_hn is not None and table_hn.requires_grad and bias_h is None:
+        bias_h = table_hn.new_zeros(table_hn.shape[0])  # for the sum of dS, see the backward pass
+    output: Tensor = _apply(
+        (query_bhtd, key_bgtd, value_bgtd),
+        bias_h,
+        slope_h,
+        table_hn,
+        prefix,
         function=function,
         derivative=derivative,
         normalize=NORMALIZERS[normalize],
         eps=eps,
         scale=scale,
         window=window,
-        prefix=prefix,
-        position=kind,
-        ahead=ahead,
     )
-    output: Tensor = _Attention.apply(query_bhtd, key_bgtd, value_bgtd, bias_h, position, settings)
     return output
+
+
+def softmax(
+    query_bhtd: Tensor,
+    key_bgtd: Tensor,
+    value_bgtd: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    prefix: int = 0,
+    slope_h: Tensor | None = None,
+    table_hn: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """O [b, h, t, d] of the inputs' dtype, and log sum exp of the scores [b, h, t], float32; both can be
+    differentiated. Arguments as for ``attend``. A row without weights gives 0 and minus infinity."""
+    result: tuple[Tensor, Tensor] = _apply(
+        (query_bhtd, key_bgtd, value_bgtd),
+        None,
+        slope_h,
+        table_hn,
+        prefix,
+        function=power_of_two,
+        derivative=itself,
+        normalize=SOFTMAX,
+        eps=0.0,
+        scale=scale,
+        window=window,
+    )
+    return result
+
+
+def _apply(
+    qkv: tuple[Tensor, Tensor, Tensor],
+    bias: Tensor | None,
+    slope: Tensor | None,
+    table: Tensor | None,
+    prefix: int,
+    **settings: Any,
+) -> Any:
+    prefix = min(prefix, qkv[0].shape[2])
+    position, kind = None, 0
+    if slope is not None:
+        position, kind = slope.float().contiguous(), SLOPE
+    if table is not None:
+        position, kind = table.float().contiguous(), TABLE
+    s = Settings(prefix=prefix, ahead=max(prefix - 1, 0), position=kind, **settings)
+    return _Attention.apply(*qkv, bias, position, s)

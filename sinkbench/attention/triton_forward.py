@@ -1,4 +1,4 @@
-"""The forward kernel of elementwise attention; see ``triton_elementwise`` for the formulas and shapes."""
+"""The forward kernel of attention; see ``triton_elementwise`` for the formulas and shapes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sinkbench.attention.triton_blocks import (
     add_position,
     at_rows,
     dot,
+    far_keys,
     key_range,
     load_position,
     load_rows,
@@ -18,11 +19,11 @@ from sinkbench.attention.triton_blocks import (
 
 @triton.jit
 def _forward_block(
-    at, rows, q0, q1, o0, o1, r, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
+    at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
     length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
     F: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
     PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    D1: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
@@ -30,16 +31,34 @@ def _forward_block(
     if D1 > 1:
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
     s = s * scale + bias
-    p = F(add_position(s, rows[:, None], keys[None, :], position_ptr, slope, ahead, count, POSITION))
-    if MASK:
-        p = tl.where(visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX), p, 0.0)
-    if NORMALIZE:
-        r += tl.sum(p, 1)
+    s = add_position(
+        s, rows[:, None], keys[None, :], at, position_ptr, slope, ahead, count, POSITION, PREFIX, UNIT
+    )
+    if NORMALIZE == 3:
+        if MASK:
+            seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
+            s = tl.where(seen, s, float("-inf"))
+        now = tl.maximum(largest, tl.max(s, 1))
+        # A row may have seen no key yet: then it has no largest score to be compared with.
+        level = tl.where(now == float("-inf"), 0.0, now)
+        p = F(s - level[:, None])
+        fade = F(largest - level)
+        r = r * fade + tl.sum(p, 1)
+        o0 = o0 * fade[:, None]
+        if D1 > 1:
+            o1 = o1 * fade[:, None]
+        largest = now
+    else:
+        p = F(s)
+        if MASK:
+            p = tl.where(visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX), p, 0.0)
+        if NORMALIZE:
+            r += tl.sum(p, 1)
     p = p.to(q0.dtype)
     o0 = dot(p, load_rows(v_ptr, keys, first, stride_vt, length, True, WIDE), o0, PRECISION)
     if D1 > 1:
         o1 = dot(p, load_rows(v_ptr, keys, second, stride_vt, length, True, WIDE), o1, PRECISION)
-    return o0, o1, r
+    return o0, o1, r, largest
 
 
 @triton.jit
@@ -50,10 +69,11 @@ def forward(
     heads, group, length, scale, eps, window, prefix, ahead, count,
     F: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one block of queries, and with NORMALIZE what their rows are divided by: 1 for the sum
-    + eps, 2 for max(|sum|, 1), of which the sum is stored."""
+    + eps, 2 for max(|sum|, 1), of which the sum is stored, 3 for the sum of a softmax, of which the logarithm
+    is stored."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # longest rows first
     pair = tl.program_id(1)
     head, batch = pair % heads, (pair // heads).to(tl.int64)
@@ -69,27 +89,42 @@ def forward(
     o0 = tl.zeros([BLOCK_Q, D0], tl.float32)
     o1 = tl.zeros([BLOCK_Q, D1], tl.float32)
     r = tl.zeros([BLOCK_Q], tl.float32)
+    largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    scale *= UNIT
     bias = 0.0
     if BIAS:
-        bias = tl.load(bias_ptr + head)
-    slope = load_position(position_ptr, POSITION)
+        bias = tl.load(bias_ptr + head) * UNIT
+    slope = load_position(position_ptr, POSITION, UNIT)
     start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
+    if POSITION == 2 and not WINDOW:
+        near = far_keys(block, start, unmasked, ahead, count, BLOCK_Q, BLOCK_K)
+        farthest = bias + UNIT * tl.load(position_ptr + count - 1)
+        for at in range(start, near, BLOCK_K):
+            o0, o1, r, largest = _forward_block(
+                at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
+                length, scale, farthest, window, prefix, position_ptr, slope, ahead, count,
+                F, NORMALIZE, 0, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+            )  # fmt: skip
+        start = near
     for at in range(start, unmasked, BLOCK_K):
-        o0, o1, r = _forward_block(
-            at, rows, q0, q1, o0, o1, r, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
+        o0, o1, r, largest = _forward_block(
+            at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
             length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
-            F, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, D1, BLOCK_K,
+            F, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
-        o0, o1, r = _forward_block(
-            at, rows, q0, q1, o0, o1, r, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
+        o0, o1, r, largest = _forward_block(
+            at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
             length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
-            F, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, D1, BLOCK_K,
+            F, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     inside = rows < length
     if NORMALIZE:
         r_rows = r_ptr + pair.to(tl.int64) * length + rows
-        if NORMALIZE == 2:
+        if NORMALIZE == 3:
+            tl.store(r_rows, (largest + tl.log2(r)) / UNIT, mask=inside)
+            r = tl.where(r == 0.0, 1.0, r)
+        elif NORMALIZE == 2:
             tl.store(r_rows, r, mask=inside)
             r = tl.maximum(tl.abs(r), 1.0)
         else:

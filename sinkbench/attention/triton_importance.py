@@ -48,7 +48,9 @@ def _row_sums_block(
     if D1 > 1:
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
     s = s * scale + bias
-    s = add_position(s, rows[:, None], keys[None, :], position_ptr, slope, ahead, count, POSITION)
+    s = add_position(
+        s, rows[:, None], keys[None, :], at, position_ptr, slope, ahead, count, POSITION, PREFIX, 1.0
+    )
     if SOFTMAX:
         if MASK:
             seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
@@ -90,7 +92,7 @@ def _row_sums(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head)
-    slope = load_position(position_ptr, POSITION)
+    slope = load_position(position_ptr, POSITION, 1.0)
     total = tl.zeros([BLOCK_Q], tl.float32)
     absolute = tl.zeros([BLOCK_Q], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -141,7 +143,7 @@ def _column_sums(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head)
-    slope = load_position(position_ptr, POSITION)
+    slope = load_position(position_ptr, POSITION, 1.0)
     raw = tl.zeros([BLOCK_K], tl.float32)
     proxy = tl.zeros([BLOCK_K], tl.float32)
     start = (offset + block * BLOCK_K) // BLOCK_Q * BLOCK_Q
@@ -158,7 +160,9 @@ def _column_sums(
             q1 = load_rows(q_ptr, rows, second, stride_qt, length, True, WIDE)
             s = dot(k1, tl.trans(q1), s, PRECISION)
         s = s * scale + bias
-        s = add_position(s, rows[None, :], keys[:, None], position_ptr, slope, ahead, count, POSITION)
+        s = add_position(
+            s, rows[None, :], keys[:, None], at, position_ptr, slope, ahead, count, POSITION, PREFIX, 1.0
+        )
         seen = visible(rows[None, :], keys[:, None], window, prefix, WINDOW, PREFIX)
         seen = seen & (rows[None, :] >= keys[:, None]) & (rows < length)[None, :]
         inside = rows < length

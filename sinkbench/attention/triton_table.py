@@ -12,17 +12,17 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sinkbench.attention.triton_blocks import add_position, dot, load_rows, visible
+from sinkbench.attention.triton_blocks import add_position, dot, load_log_sum, load_rows, visible
 
 
 @triton.jit
 def table_gradient(
-    q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, bias_ptr, table_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, lse_ptr, bias_ptr, table_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     batches, heads, group, length, scale, window, prefix, ahead, count, first_diagonal,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
-    PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dS summed over one diagonal of blocks and every ``num_programs(2)``-th sequence, [BLOCK, BLOCK]."""
@@ -34,7 +34,7 @@ def table_gradient(
     within = tl.arange(0, BLOCK)
     bias = 0.0
     if BIAS:
-        bias = tl.load(bias_ptr + head)
+        bias = tl.load(bias_ptr + head) * UNIT
     start = tl.maximum(0, -diagonal)
     end = tl.cdiv(length, BLOCK) - tl.maximum(0, diagonal)
     if PREFIX:  # ahead of the query there is nothing but the prefix
@@ -47,6 +47,7 @@ def table_gradient(
         k = k_ptr + batch * stride_kb + group_head * stride_kh
         v = v_ptr + batch * stride_vb + group_head * stride_vh
         row_delta = delta_ptr + (batch * heads + head) * length
+        row_lse = lse_ptr + (batch * heads + head) * length
         for block in range(start, end):
             rows, keys = (block + diagonal) * BLOCK + within, block * BLOCK + within
             q0 = load_rows(q, rows, first, stride_qt, length, True, WIDE)
@@ -62,7 +63,12 @@ def table_gradient(
                 v1 = load_rows(v, keys, second, stride_vt, length, True, WIDE)
                 s = dot(q1, tl.trans(k1), s, PRECISION)
                 dp = dot(do1, tl.trans(v1), dp, PRECISION)
-            s = add_position(s * scale + bias, rows[:, None], keys[None, :], table_ptr, 0.0, ahead, count, 2)
+            s = s * (scale * UNIT) + bias
+            s = add_position(
+                s, rows[:, None], keys[None, :], 0, table_ptr, 0.0, ahead, count, 2, PREFIX, UNIT
+            )
+            if NORMALIZE == 3:
+                s -= load_log_sum(row_lse, rows, length, UNIT)[:, None]
             if NORMALIZE:
                 dp -= tl.load(row_delta + rows, mask=rows < length, other=0.0)[:, None]
             seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
