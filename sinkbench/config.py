@@ -63,8 +63,8 @@ FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_in_a_home)]
 """A path, in which ~ is the user's home."""
 
 
-Fusion = Literal["loss", "layer", "optimizer"]
-FUSIONS: tuple[Fusion, ...] = ("loss", "layer", "optimizer")
+Fusion = Literal["loss", "layer", "gradients", "optimizer"]
+FUSIONS: tuple[Fusion, ...] = ("loss", "layer", "gradients", "optimizer")
 
 
 class Section(BaseModel):
@@ -306,8 +306,9 @@ class TrainConfig(Section):
     """what to do about a loss above the running mean by spike_sigmas deviations."""
     spike_sigmas: PositiveFloat = 6.0
     fused: Literal["auto"] | list[Fusion] = "auto"
-    """parts that run in fewer kernels and less memory, with the same results: the loss, a layer's
-    norms and activations, the optimizer's update. auto: all of them on CUDA, none on a CPU."""
+    """parts that run in fewer kernels and less memory, with the same results: the loss; a layer's norms,
+    activations and rotation; the sum of the weights' gradients over micro-batches; the optimizer's update.
+    auto: all of them on CUDA, none on a CPU."""
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a card."""

@@ -21,6 +21,7 @@ from sinkbench.api import AttentionSpec, Heads, HeadTransform, OutputGate, Param
 from sinkbench.attention import reference
 from sinkbench.attention.backends import Backend
 from sinkbench.attention.reference import Problem
+from sinkbench.megatron.rotation import HeadLayout, split_and_rotate
 from sinkbench.megatron.sequence import Group, gather_sequence, local_positions
 
 
@@ -165,8 +166,7 @@ class SummedProjection(MegatronModule):  # type: ignore[misc]
 
 
 class SelfAttention(MegatronModule):  # type: ignore[misc]
-    """Projections and rotary embedding around the core. Heads are split over tensor-parallel ranks;
-    each kv head's queries, key and value lie together in the fused projection, as in megatron."""
+    """Projections and rotary embedding around the core. Heads are split over tensor-parallel ranks."""
 
     def __init__(
         self,
@@ -174,14 +174,19 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         parts: AttentionParts,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
+        fused: bool = False,
     ) -> None:
         super().__init__(config=config)
+        self.fused = fused
         self.is_first = layer_number == 1
         self.transform = parts.spec.head_transform
         self.gate = parts.spec.output_gate
         self.tp_group = pg_collection.tp
-        self.local_groups = config.num_query_groups // pg_collection.tp.size()
-        self.queries_per_group = config.num_attention_heads // config.num_query_groups
+        self.heads = HeadLayout(
+            groups=config.num_query_groups // pg_collection.tp.size(),
+            queries=config.num_attention_heads // config.num_query_groups,
+            size=config.kv_channels,
+        )
         width = config.kv_channels * config.num_attention_heads
         linear: dict[str, Any] = {"config": config, "skip_bias_add": False}
         linear["tp_group"] = pg_collection.tp
@@ -222,16 +227,20 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             first_value: the values of layer 1 [s, b, g, d], for layers after it.
         """
         mixed, _ = self.linear_qkv(hidden_sbn)
-        query, key, value = self._split(mixed)
-        if self.transform is not None:
-            if self.transform.first_value and self.is_first:
-                first_value = value
-            query, key, value = self._transformed(
-                self.transform, Heads(query=query, key=key, value=value, first_value=first_value)
-            )
-        if rotary is not None:
+        if self.fused and self.transform is None and rotary is not None:
             cos, sin = rotary[:, :, None, None]
-            query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
+            query, key, value = split_and_rotate(mixed, cos, sin, self.heads)
+        else:
+            query, key, value = self.heads.split(mixed)
+            if self.transform is not None:
+                if self.transform.first_value and self.is_first:
+                    first_value = value
+                query, key, value = self._transformed(
+                    self.transform, Heads(query=query, key=key, value=value, first_value=first_value)
+                )
+            if rotary is not None:
+                cos, sin = rotary[:, :, None, None]
+                query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         if self.recompute_core and self.training:
             attended: Tensor = tensor_parallel.checkpoint(self.core, False, query, key, value)
         else:
@@ -258,9 +267,3 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             hidden_sbn = tensor_parallel.copy_to_tensor_model_parallel_region(hidden_sbn, group=self.tp_group)
         factor = gate.function(hidden_sbn, self.core.parameters_named(gate.parameters)).to(hidden_sbn.dtype)
         return factor[..., None] if factor.dim() == hidden_sbn.dim() else factor
-
-    def _split(self, mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        d = self.config.kv_channels
-        grouped = mixed.unflatten(-1, (self.local_groups, (self.queries_per_group + 2) * d))
-        query, key, value = grouped.split([self.queries_per_group * d, d, d], -1)
-        return query.unflatten(-1, (self.queries_per_group, d)).flatten(2, 3), key, value

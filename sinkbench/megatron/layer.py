@@ -35,7 +35,7 @@ class LayerParts:
     ffn: bool
     parallel_residual: bool = False
     fused: bool = False
-    """norms with the residual addition before them, and activations, are compiled."""
+    """norms with the residual addition before them, activations, and rotation are compiled."""
 
 
 def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> torch.nn.Module:
@@ -116,7 +116,9 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         self.location = submodules.normalization.location
         self.parallel_residual = submodules.parallel_residual
         self.fused = submodules.fused
-        self.attention = SelfAttention(config, submodules.attention, self.layer_number, pg_collection)
+        self.attention = SelfAttention(
+            config, submodules.attention, self.layer_number, pg_collection, submodules.fused
+        )
         self.to_next_stage: FirstValue | None = None
         """Set on the last layer of a stage whose followers need the values of layer 1."""
         linears = MLPSubmodules(

@@ -87,9 +87,9 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):  # type: ignore[misc]
     def forward(
         self,
         input_: Tensor,
-        weight: Tensor | None = None,
+        weight: torch.nn.Parameter | None = None,
         runtime_gather_output: bool | None = None,
-        losses_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+        losses_of: Callable[[Tensor, torch.nn.Parameter], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits [s, b, v], or what ``losses_of`` makes of hidden states and weight."""
         if losses_of is not None:
@@ -217,18 +217,21 @@ class Network(LanguageModule):  # type: ignore[misc]
         logits: Tensor = self.output_layer(normed_hidden_sbn, weight=self._tied_weight())[0]
         return logits
 
-    def _tied_weight(self) -> Tensor | None:
+    def _tied_weight(self) -> torch.nn.Parameter | None:
         tied = self.share_embeddings_and_output_weights
         return self.shared_embedding_or_output_weight() if tied else None
 
     def _fused_losses(self, hidden_sbn: Tensor, targets_bs: Tensor, weights_bs: Tensor) -> Tensor:
-        setting = Setting(
-            group=self.tp_group,
-            z_loss=self.loss.z_loss,
-            sequence_parallel=self.config.sequence_parallel,
-        )
-
-        def losses_of(hidden: Tensor, weight: Tensor) -> Tensor:
+        def losses_of(hidden: Tensor, weight: torch.nn.Parameter) -> Tensor:
+            # A tied weight has another gradient, which megatron's hook adds with this one.
+            tied = self.share_embeddings_and_output_weights
+            own = self.config.gradient_accumulation_fusion and hasattr(weight, "main_grad") and not tied
+            setting = Setting(
+                group=self.tp_group,
+                z_loss=self.loss.z_loss,
+                sequence_parallel=self.config.sequence_parallel,
+                weight=weight if own else None,
+            )
             return token_losses(hidden, weight, targets_bs, weights_bs, setting)
 
         losses: Tensor = self.output_layer(hidden_sbn, weight=self._tied_weight(), losses_of=losses_of)[0]

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from sinkbench.config import Config
 from sinkbench.errors import RecipeError
 from sinkbench.feed_forward import ACTIVATIONS
-from sinkbench.megatron import fusions
+from sinkbench.megatron import fusions, weight_gradients
 
 PASS_THROUGH = frozenset(
     {
@@ -50,6 +50,9 @@ def dtype(config: Config) -> torch.dtype:
 def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
     """Raises RecipeError for a field under model.megatron that is unknown, owned or without effect."""
     model, parallel = config.model, config.parallel
+    fused = fusions.chosen(config, device)
+    if "gradients" in fused:
+        weight_gradients.prepare()
     activation, gated = ACTIVATIONS[model.ffn]
     fields: dict[str, Any] = dict(
         num_layers=model.num_layers,
@@ -69,7 +72,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion="gradients" in fused,
         # initialise.py fills the weights; megatron's initialisation only marks how they are split.
         init_method=_leave,
         output_layer_init_method=_leave,
@@ -92,7 +95,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         **_recompute(config.train.recompute),
     )
     fields |= _passed_through(model.megatron, set(fields))
-    if "loss" in fusions.chosen(config, device):
+    if "loss" in fused:
         for name in sorted(OF_EAGER_LOSS & model.megatron.keys()):
             remedy = "remove it, or leave loss out of train.fused"
             raise RecipeError(f"model.megatron.{name}", "has no effect on the fused loss", remedy)

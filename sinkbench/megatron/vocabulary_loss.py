@@ -16,8 +16,10 @@ Shapes: t token, n hidden size, v vocabulary of this rank.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from sinkbench.megatron.fusions import compiled
 from sinkbench.megatron.sequence import Group
+from sinkbench.megatron.weight_gradients import accumulate, add_product
 
 PART_BYTES = 2**30
 """Of the logits held at once. At a vocabulary of 50,432 in bf16 that is 8,192 tokens, enough for a product
@@ -41,11 +44,13 @@ class Setting:
         group: tensor-parallel ranks, each with as many rows of the weight.
         z_loss: zeta.
         sequence_parallel: hidden states come as this rank's share of the positions.
+        weight: whose buffer the gradient is added to; None: autograd gets it.
     """
 
     group: Group
     z_loss: float = 0.0
     sequence_parallel: bool = False
+    weight: torch.nn.Parameter | None = None
 
 
 def token_losses(
@@ -109,7 +114,7 @@ class _VocabularyLoss(torch.autograd.Function):
             if grad_tv is not None:
                 gradients.add(part, grad_tv, hidden, weight_vn)
         ctx.gradients = gradients
-        ctx.weight_dtype = weight_vn.dtype
+        ctx.weight_dtype, ctx.weight = weight_vn.dtype, setting.weight
         return losses_t
 
     @staticmethod
@@ -120,7 +125,11 @@ class _VocabularyLoss(torch.autograd.Function):
         scale, made = grad_t[0], ctx.gradients
         ctx.gradients = None
         hidden = None if made.hidden is None else made.hidden.mul_(scale.to(made.hidden.dtype))
-        weight = None if made.weight is None else made.weight.mul_(scale).to(ctx.weight_dtype)
+        weight = made.weight
+        if weight is not None and ctx.weight is not None:
+            weight = accumulate(ctx.weight, weight, scale)
+        elif weight is not None:
+            weight = weight.mul_(scale).to(ctx.weight_dtype)
         return hidden, weight, None, None, None, None
 
 
@@ -134,12 +143,8 @@ class _Gradients:
     def add(self, part: slice, grad_tv: Tensor, hidden_tn: Tensor, weight_vn: Tensor) -> None:
         if self.hidden is not None:
             torch.mm(grad_tv, weight_vn, out=self.hidden[part])
-        if self.weight is None:
-            return
-        if self.weight.dtype == grad_tv.dtype:
-            self.weight.addmm_(grad_tv.t(), hidden_tn)
-        else:
-            self.weight += torch.mm(grad_tv.t(), hidden_tn)
+        if self.weight is not None:
+            add_product(self.weight, grad_tv.t(), hidden_tn)
 
 
 def part_size(tokens: int, bytes_per_token: int, part_bytes: int) -> int:
@@ -163,7 +168,11 @@ def _losses_and_gradient(
 ) -> tuple[Tensor, Tensor | None]:
     """Losses of a part, and the gradient of its logits in their dtype."""
     if setting.group.size() == 1 and with_gradient:
-        # In one piece, so that the compiler may read the logits from cache for the gradient.
+        # In one piece, so that the logits may be read from cache for the gradient.
+        if logits_tv.is_cuda and _has_triton():
+            from sinkbench.megatron import triton_vocabulary
+
+            return triton_vocabulary.losses_and_gradient(logits_tv, local_target_t, factor_t, setting.z_loss)
         whole = _on_card(_alone, logits_tv)
         both: tuple[Tensor, Tensor] = whole(logits_tv, local_target_t, factor_t, setting.z_loss)
         return both
@@ -175,6 +184,11 @@ def _losses_and_gradient(
         return losses_t, None
     gradient = _on_card(_gradient, logits_tv)
     return losses_t, gradient(logits_tv, partition_t, local_target_t, factor_t, setting.z_loss)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _on_card(function: Callable[..., Any], example: Tensor) -> Callable[..., Any]:

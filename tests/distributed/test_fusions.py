@@ -68,6 +68,14 @@ def test_the_loss_and_the_optimizer(run_distributed: RunDistributed, layout: str
     compare(run_distributed, layout, (), "[loss,optimizer]", 1e-5)
 
 
+@pytest.mark.parametrize("layout", ["sequence", *(pytest.param(name, marks=pytest.mark.full) for name in (
+    "", "tensor", "pipeline", "interleaved", "context", "data", "tensor pipeline"
+))])  # fmt: skip
+@pytest.mark.parametrize("tied", [False, True], ids=["own", "tied"])
+def test_the_sum_of_gradients(run_distributed: RunDistributed, layout: str, tied: bool) -> None:
+    compare(run_distributed, layout, (f"model.tie_embeddings={tied}",), "[loss,gradients]", 1e-5)
+
+
 @pytest.mark.parametrize("layout", ["", pytest.param("pipeline", marks=pytest.mark.full)])
 def test_tied_embeddings(run_distributed: RunDistributed, layout: str) -> None:
     compare(run_distributed, layout, ("model.tie_embeddings=true",), "[loss,optimizer]", 1e-5)
@@ -77,6 +85,11 @@ def test_tied_embeddings(run_distributed: RunDistributed, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["", "sequence"])
 def test_bf16_is_near(run_distributed: RunDistributed, layout: str) -> None:
     compare(run_distributed, layout, ("train.precision=bf16",), "[loss,optimizer]", 2e-3)
+
+
+@pytest.mark.full
+def test_the_sum_of_gradients_without_the_fused_loss(run_distributed: RunDistributed) -> None:
+    compare(run_distributed, "", ("model.tie_embeddings=true",), "[gradients]", 1e-5)
 
 
 @pytest.mark.parametrize("form", [PRE, *(pytest.param(form, marks=pytest.mark.full) for form in (
@@ -91,10 +104,12 @@ def rank_counts_graphs(rank: int, world_size: int) -> dict[str, int]:
     raises."""
     from torch._dynamo.testing import CompileCounter
 
-    from sinkbench.megatron import layer, vocabulary_loss
+    from sinkbench.megatron import layer, rotation, vocabulary_loss
 
     x, added = torch.randn(2, 4, 2, 16, requires_grad=True)
     logits, target, factor = torch.randn(32, 64), torch.randint(64, (32,)), torch.rand(32)
+    heads = rotation.HeadLayout(groups=2, queries=1, size=8)
+    mixed, angle = torch.randn(4, 2, 48), torch.randn(2, 4, 1, 1, 4)
     norms = [(norm, x, added) for norm in (torch.nn.RMSNorm(16) for _ in range(12))]
     arguments: dict[Any, list[tuple[Any, ...]]] = {
         layer.normed: [case[:2] for case in norms],
@@ -103,6 +118,8 @@ def rank_counts_graphs(rank: int, world_size: int) -> dict[str, int]:
         layer.sum_with_normed: norms,
         layer.gated_activation: [(x, None, torch.nn.functional.silu)] * 3,
         layer.plain_activation: [(x, added, torch.nn.functional.relu)] * 3,
+        rotation.rotated: [(mixed, *angle, heads)] * 3,
+        rotation.rotated_back: [(*heads.split(mixed), *angle, heads)] * 3,
         vocabulary_loss._alone: [(logits, target, factor, 1e-4)] * 3,
         vocabulary_loss._statistics: [(logits, target)] * 3,
         vocabulary_loss._gradient: [(logits, factor, target, factor, 0.0)] * 3,
@@ -125,4 +142,4 @@ def test_layers_share_one_graph_without_breaks(run_distributed: RunDistributed) 
 
 @pytest.mark.full
 def test_everything_at_once(run_distributed: RunDistributed) -> None:
-    compare(run_distributed, "tensor pipeline", SANDWICH, "[loss,layer,optimizer]", 1e-5)
+    compare(run_distributed, "tensor pipeline", SANDWICH, "[loss,layer,gradients,optimizer]", 1e-5)

@@ -1,0 +1,59 @@
+"""The vocabulary loss of whole rows of logits and its gradient, in one Triton kernel; see ``vocabulary_loss``
+for the formulas."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 8192
+"""Logits at a time, 32 a thread."""
+WARPS = 8
+
+
+@triton.jit
+def _row(
+    logits_ptr, target_ptr, factor_ptr, loss_ptr, stride, size, z_loss,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token's loss; its logits become their gradient. The second reading of them comes from the cache."""
+    row = tl.program_id(0).to(tl.int64)
+    logits_ptr += row * stride
+    target = tl.load(target_ptr + row)
+    factor = tl.load(factor_ptr + row)
+    known = (target >= 0) & (target < size)
+    target_logit = tl.load(logits_ptr + target, mask=known, other=0.0).to(tl.float32)
+    largest = -float("inf")
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + column, mask=column < size, other=-float("inf")).to(tl.float32)
+        before = largest
+        largest = tl.maximum(largest, tl.max(z, 0))
+        sums = sums * tl.exp(before - largest) + tl.exp(z - largest)
+    partition = largest + tl.log(tl.sum(sums, 0))
+    tl.store(loss_ptr + row, (partition - target_logit + z_loss * partition * partition) * factor)
+    pull = factor * (1.0 + 2.0 * z_loss * partition)
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + column, mask=column < size, other=0.0).to(tl.float32)
+        gradient = tl.exp(z - partition) * pull - tl.where(column == target, factor, 0.0)
+        tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < size)
+
+
+def losses_and_gradient(
+    logits_tv: Tensor, target_t: Tensor, factor_t: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """Losses, float32 [t], and the gradient of their sum, which takes the place of the logits.
+
+    Args:
+        logits_tv: the whole vocabulary's, bf16 or float32.
+    """
+    losses_t = torch.empty(len(logits_tv), dtype=torch.float32, device=logits_tv.device)
+    _row[(len(logits_tv),)](
+        logits_tv, target_t.contiguous(), factor_t.contiguous(), losses_t, logits_tv.stride(0),
+        logits_tv.shape[1], z_loss, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return losses_t, logits_tv
