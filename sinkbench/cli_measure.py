@@ -24,6 +24,9 @@ from sinkbench.redaction import redact
 
 LIST_SUFFIXES = (".yaml", ".yml")
 
+FILE_WIDTH = 200
+"""Of a table that goes to a file or a pipe, which would otherwise lose the columns beyond 80 characters."""
+
 
 def positive(text: str) -> int:
     """A count on the command line."""
@@ -216,6 +219,8 @@ def _print(results: Sequence[Result], lists: Sequence[ModelList], skipped: Seque
 
     published = {model.name: dict(model.published) for models in lists for model in models.models}
     console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
     if results:
         console.print(measurement_table(results, published))
     for models in lists:

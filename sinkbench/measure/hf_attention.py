@@ -69,6 +69,7 @@ def watching(model: PreTrainedModel, watch: Watch) -> Iterator[None]:
 def _mask(**arguments: Any) -> Tensor:
     """Stands for transformers.masking_utils.eager_mask."""
     watch = _WATCH.get()
+    watch.masked = True
     rule = watch.restricted(arguments.pop("mask_function", causal_mask_function))
     if watch.streaming:
         mask = torch.empty(0).as_subclass(_LazyMask)
@@ -97,14 +98,17 @@ def _attention(
         "softcap": arguments.get("softcap"),
         "sink_logit_h": arguments.get("s_aux"),
     }
+    if not watch.masked and (watch.streaming or watch.visible is not None):
+        remedy = (
+            "install transformers 5 or later, or keep to metrics of whole weights, without further passes"
+        )
+        raise DataError(type(module).__name__, "makes a mask of its own", remedy)
     if not watch.streaming:
         output, weights = _eager(module)(module, query, key, value, attention_mask, **arguments)
         if watch.keep:
             watch.calls.append(AttentionCall(**call, weights_bhqk=weights))
         return output, weights
-    if not isinstance(attention_mask, _LazyMask):
-        remedy = "measure lengths at which weights are kept whole"
-        raise DataError(type(module).__name__, "makes a mask of its own", remedy)
+    assert isinstance(attention_mask, _LazyMask)
     streamed = AttentionCall(**call, mask=attention_mask.rule)
     if watch.keep:
         watch.calls.append(streamed)

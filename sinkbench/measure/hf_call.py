@@ -147,12 +147,14 @@ class Watch:
         visible: a restriction of what queries see.
         keep: append to ``calls``.
         calls: the attention calls since the list was last emptied.
+        masked: the model asked us for its mask.
     """
 
     streaming: bool = False
     visible: Visible | None = None
     keep: bool = True
     calls: list[AttentionCall | ExportedCall] = field(default_factory=list)
+    masked: bool = False
 
     def restricted(self, mask: Mask) -> Mask:
         visible = self.visible

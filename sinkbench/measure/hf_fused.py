@@ -2,9 +2,8 @@
 values at once: those of BLOOM and Falcon.
 
 Short sequences go through the family's own attention, which hooks read. In long ones our attention takes the
-place of it, since theirs holds all scores of a layer, [b, h, q, k], several times. From transformers 5 on no
-q x k mask is built either; version 4 builds one for the model: [b, 1, q, k], for Falcon with ALiBi
-[b, h, q, k], which at 4096 tokens is 34 MB, or 2.4 GB with the 71 heads of a 7B model, in bfloat16.
+place of it, since theirs holds all scores of a layer, [b, h, q, k], several times. In transformers 4 these
+families build masks of their own, Falcon's with ALiBi in them; it is refused.
 
 Shapes: b sequence, h head, g kv head, s position, q query, k key, d head size.
 """
@@ -19,9 +18,11 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function
 
+from sinkbench.errors import DataError
 from sinkbench.measure.hf_call import AttentionCall, Watch
 
 Arguments: TypeAlias = dict[str, Any]
@@ -98,7 +99,14 @@ FUSED = {
 
 @contextmanager
 def watching_fused(module: Any, watch: Watch) -> Iterator[None]:
-    """Within the block, an attention module with a fused projection follows ``watch``."""
+    """Within the block, an attention module with a fused projection follows ``watch``.
+
+    Raises:
+        DataError: transformers is older than 5.
+    """
+    if int(transformers.__version__.split(".")[0]) < 5:
+        problem = f"cannot be read with transformers {transformers.__version__}"
+        raise DataError(type(module).__name__, problem, "install transformers 5 or later")
     family = FUSED[type(module).__name__]
     with (_replaced if watch.streaming else _hooked)(module, family, watch):
         yield

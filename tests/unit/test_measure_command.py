@@ -62,6 +62,7 @@ def test_it_writes_json_csv_and_a_page(folder: Path, run: Run, tmp_path: Path) -
     )
     assert code == 0
     assert "Sink_1" in out
+    assert "value drain" in out, "a table in a pipe keeps its last columns"
     results = read(files["json"], Results).results
     assert [(r.inputs, r.length, r.count, r.bos) for r in results] == [
         (kind, 12, 3, False) for kind in ("natural", "random", "repeat")

@@ -301,6 +301,20 @@ def test_models_that_cannot_be_measured_say_so() -> None:
         measured(llama, metrics=("trigger",))
 
 
+def test_masks_that_cannot_be_changed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some families of transformers 4 make them."""
+    llama, falcon = (tiny_model(family, FAMILIES[family]) for family in ("llama", "falcon"))
+    made = torch.ones(LENGTH, LENGTH).tril().log()[None, None]
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", lambda **_: made)
+    assert "sink_1_raw" in measured(llama, attention="whole")
+    for changes in ({"attention": "streaming"}, {"metrics": ("sink_cut",)}):
+        with pytest.raises(DataError, match="LlamaAttention: makes a mask of its own; install"):
+            measured(llama, **changes)
+    monkeypatch.setattr("sinkbench.measure.hf_fused.transformers.__version__", "4.57.6")
+    with pytest.raises(DataError, match=r"FalconAttention: cannot be read with transformers 4\.57\.6"):
+        measured(falcon)
+
+
 @pytest.mark.parametrize("attention", ["whole", "streaming"])
 def test_bos_is_the_first_token(attention: Literal["whole", "streaming"]) -> None:
     model = tiny_model("llama", FAMILIES["llama"])
