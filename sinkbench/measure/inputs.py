@@ -53,8 +53,9 @@ def from_prompts(path: Path, encode: Encode, *, length: int, count: int | None) 
             rows.append(tokens)
         if len(rows) == wanted:
             break
-    if len(rows) < (1 if count is None else count):
-        problem = f"{len(rows)} of its {prompts} prompts have {length} tokens, {wanted} are needed"
+    needed = 1 if count is None else count
+    if len(rows) < needed:
+        problem = f"{len(rows)} of its {prompts} prompts have {length} tokens, at least {needed} must"
         raise DataError(str(path), problem, "lower --length or --count, or give more and longer prompts")
     return np.array(rows, dtype=np.int64)
 

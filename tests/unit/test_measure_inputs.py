@@ -52,9 +52,13 @@ def test_text_with_very_long_tokens_is_read_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", b"", r"p\.txt: 0 of its 0 prompts have 4 tokens, 2 are needed; lower --length or --count"),
+        (
+            "p.txt",
+            b"",
+            r"p\.txt: 0 of its 0 prompts have 4 tokens, at least 2 must; lower --length or --count",
+        ),
         ("p.txt", b"\n\n \n", "0 of its 0 prompts"),
-        ("p.txt", b"abcdef\nabc\n", "1 of its 2 prompts have 4 tokens, 2 are needed"),
+        ("p.txt", b"abcdef\nabc\n", "1 of its 2 prompts have 4 tokens, at least 2 must"),
         ("p.txt", b"abcdef\nab\xffcd\n", r"p\.txt:2: is not UTF-8 \(byte 2\); convert"),
         ("p.txt", b"x" * (MAX_LINE_BYTES + 1), r"p\.txt:1: is longer than 16 MiB; write one prompt a line"),
         ("p.jsonl", b"abcdef\n", r"p\.jsonl:1: is not JSON"),
