@@ -1,17 +1,19 @@
-"""What a checkpoint costs a run: 100 steps without one, with one in the background, with one that waits.
+"""What a checkpoint costs a run: steps without one, with one in the background, and one that is waited for.
 
     python -m benchmarks.save_overhead recipes/default_1b.yaml train.global_batch_size=32 [key=value ...]
     torchrun --nproc-per-node 8 -m benchmarks.save_overhead ...
 
-The runs take turns in one process. The clock runs from the beginning of a step to the beginning of another,
-so that what a save holds up is counted, and the fastest run of each kind counts. Whatever the data, the model
-is the recipe's: `data={source: bigram_backcopy}` needs none prepared.
+One run: a few steps with a first save, whose host memory later ones use again; the steps that count without a
+save; as many with one that begins after the tenth and is complete before the last; and a save that is waited
+for, by which a run that saves in the foreground is longer. The clock runs from the beginning of a step to the
+beginning of another, so that what a save holds up is counted. Whatever the data, the model is the recipe's:
+`data={source: bigram_backcopy}` needs none prepared.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import json
 import os
 import tempfile
 import time
@@ -24,15 +26,9 @@ import torch
 
 from sinkbench import plugins, recipe
 
-WARM_UP, COUNTED = 10, 100
-STEPS = WARM_UP + COUNTED + 1
-SAVED = WARM_UP + 10
+WARM_UP = 10
+FIRST_SAVE = 5
 TARGET = 1.05
-MODES = {
-    "no save": "checkpoint.every=0",
-    "in the background": f"checkpoint={{every: {SAVED}, async: true}}",
-    "waiting": f"checkpoint={{every: {SAVED}, async: false}}",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,26 +36,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value")
     parser.add_argument("--folder", type=Path, help="where checkpoints go (default: a temporary one)")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=100, help="that count, without and with a save")
     arguments = parser.parse_args(argv)
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
-    for repeat in range(arguments.repeats):
-        for mode, override in MODES.items():
-            with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-                own = [*arguments.overrides, override, f"output_dir={folder}", f"name=save_{repeat}"]
-                seconds[mode].append(timed(arguments.recipe, own))
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        found = measure(arguments.recipe, [*arguments.overrides, f"output_dir={folder}"], arguments.steps)
     if int(os.environ.get("RANK", "0")) == 0:
-        base = min(seconds["no save"])
-        for mode, found in seconds.items():
-            print(f"{COUNTED} steps, {mode}: {min(found):.2f} s, {min(found) / base:.3f}x (target {TARGET}x)")
+        print(json.dumps({"steps": arguments.steps, "target": TARGET, **found}, indent=1))
 
 
-def timed(name: str, overrides: list[str]) -> float:
-    """Seconds of the counted steps of a run. A save, if any, follows the tenth of them."""
+def measure(name: str, overrides: Sequence[str], steps: int) -> dict[str, float]:
+    """Seconds of this rank, and their ratios to the steps without a save."""
     from sinkbench.megatron import host
 
-    fixed = [f"train.steps={STEPS}", "optim.warmup_steps=1", "measure.every=0", "validation.every=0"]
-    fixed += ["log={every: 50, progress: false}", "label=null"]
+    saved, last = WARM_UP + steps + 10, WARM_UP + 2 * steps + 1
+    fixed = [f"train.steps={last}", "optim.warmup_steps=1", "measure.every=0", "validation.every=0"]
+    fixed += ["log={every: 50, progress: false}", "label=null", "checkpoint={every: 1, async: true}"]
     config = recipe.to_config(recipe.load(name, [*fixed, *overrides]))
     host.prepare(config.train.device)
     from sinkbench.megatron.training import Engine
@@ -67,21 +58,40 @@ def timed(name: str, overrides: list[str]) -> float:
     from sinkbench.trainer import train
 
     begun: list[float] = []
+    waited: list[float] = []
+    in_flight: list[bool] = []
     step, save = Engine.train_step, Saver.save
 
     def clocked(self: Engine, *arguments: Any, **options: Any) -> Any:
         begun.append(time.perf_counter())
         return step(self, *arguments, **options)
 
-    def once(self: Saver, *arguments: Any) -> None:
-        if len(begun) in (SAVED, STEPS):
+    def some(self: Saver, *arguments: Any) -> None:
+        in_flight.append(self.in_flight)
+        if len(begun) in (FIRST_SAVE, saved):
             save(self, *arguments)
+        if len(begun) in (WARM_UP, last):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            before = time.perf_counter()
+            if len(begun) == last:
+                save(self, *arguments)
+            self.wait()
+            waited.append(time.perf_counter() - before)
 
-    with mock.patch.object(Engine, "train_step", clocked), mock.patch.object(Saver, "save", once):
+    with mock.patch.object(Engine, "train_step", clocked), mock.patch.object(Saver, "save", some):
         train(config, plugins.resolve(config, plugins.discover()))
-    gc.collect()
-    torch.cuda.empty_cache()
-    return begun[WARM_UP + COUNTED] - begun[WARM_UP]
+    if in_flight[-1]:
+        raise SystemExit("the save was not complete before the last step; take more --steps")
+    without = begun[WARM_UP + steps] - begun[WARM_UP]
+    background = begun[WARM_UP + 2 * steps] - begun[WARM_UP + steps]
+    return {
+        "without_s": without,
+        "in_the_background_s": background,
+        "waiting_s": without + waited[-1],
+        "in_the_background": background / without,
+        "waiting": 1 + waited[-1] / without,
+    }
 
 
 if __name__ == "__main__":
