@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sinkbench.api import AttentionSpec
+from sinkbench.api import AttentionSpec, Softmax
 from sinkbench.attention import flash_attn, flash_torch, flex, fused, linear, reference, sdpa
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
@@ -109,10 +109,15 @@ BACKENDS = (
         run=flash_attn.run,
         preferred=lambda spec, use: use.device == "cuda" and flash_attn.has_four(),
     ),
+    Backend(name="linear", missing=_missing_linear, run=linear.run),
+    Backend(
+        name="triton",
+        missing=_missing_triton,
+        run=fused.run,
+        preferred=lambda spec, use: not isinstance(spec.rule, Softmax) or _sdpa_needs_a_mask(spec, use),
+    ),
     Backend(name="flex", missing=_missing_flex, run=flex.run, preferred=_sdpa_needs_a_mask),
     Backend(name="sdpa", missing=lambda spec, use: sdpa.missing(spec), run=sdpa.run),
-    Backend(name="linear", missing=_missing_linear, run=linear.run),
-    Backend(name="triton", missing=_missing_triton, run=fused.run),
     Backend(name="eager", missing=lambda spec, use: [], run=reference.attend),
 )
 """Fastest first, where preferred."""

@@ -19,13 +19,18 @@ def missing(spec: AttentionSpec, head_size: int) -> list[str]:
     """What a declaration asks for that the kernels cannot do, its function aside; empty if they can."""
     softmax = isinstance(spec.rule, Softmax)
     lacks = {
-        "the package triton, which is not installed": importlib.util.find_spec("triton") is None,
+        "the package triton, which is not installed": not is_installed(),
         "weights that need whole rows": not softmax and not isinstance(spec.rule, Elementwise),
         "a feature map": spec.feature_map is not None,
         "an extra slot": spec.extra_slot is not None and not softmax,
         f"a head size of {head_size}": not head_size_fits(head_size),
     }
     return [what for what, wanted in lacks.items() if wanted]
+
+
+def is_installed() -> bool:
+    """Whether there is Triton."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def missing_function(rule: WeightRule) -> list[str]:

@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention
 
 from sinkbench import plugins, recipe
 from sinkbench.api import AttentionSpec, ParameterSpec, ScoreBias
-from sinkbench.attention import flex, linear, reference
+from sinkbench.attention import flex, fused, linear, reference
 from sinkbench.attention.backends import BACKENDS, Use, choose
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
@@ -40,7 +40,7 @@ class Variant:
 
 
 def softmax(attention: str = "softmax", **rest: Any) -> Variant:
-    return Variant(attention=attention, backends=("eager", "sdpa", "flex"), **rest)
+    return Variant(attention=attention, backends=("eager", "sdpa", "flex", "triton"), **rest)
 
 
 def similarity(attention: str, **rest: Any) -> Variant:
@@ -373,19 +373,26 @@ CARD = Use(device="cuda", head_size=64)
         ("sink logit", CARD, "sdpa"),
         ("window, sink logit", CARD, "sdpa"),
         ("prefix, sink logit", replace(CARD, prefix=True), "sdpa"),
-        ("prefix, window, slot", replace(CARD, prefix=True), "flex"),
-        ("window", replace(CARD, half=False), "flex"),
-        ("alibi", replace(CARD, position_bias=True), "flex"),
+        ("prefix, window, slot", replace(CARD, prefix=True), "triton"),
+        ("window", replace(CARD, half=False), "triton"),
+        ("alibi", replace(CARD, position_bias=True), "triton"),
+        ("alibi", replace(CARD, position_bias=True, head_size=72), "flex"),
         ("alibi", replace(CARD, position_bias=True, split_sequence=True), "sdpa"),
-        ("t5", replace(CARD, position_bias=True, learned_bias=True), "flex"),
-        ("t5", replace(CARD, position_bias=True, learned_bias=True, deterministic=True), "sdpa"),
+        ("t5", replace(CARD, position_bias=True, learned_bias=True, deterministic=True), "triton"),
+        ("t5", replace(CARD, position_bias=True, learned_bias=True, head_size=72), "flex"),
+        (
+            "t5",
+            replace(CARD, position_bias=True, learned_bias=True, head_size=72, deterministic=True),
+            "sdpa",
+        ),
         ("alibi", replace(CARD, position_bias=True, head_size=8), "sdpa"),
         ("alibi", replace(CARD, position_bias=True, device="cpu"), "sdpa"),
         ("kernel_mlp", CARD, "linear"),
         ("kernel_identity", replace(CARD, split_sequence=True), "eager"),
     ],
 )
-def test_choice(name: str, use: Use, chosen: str) -> None:
+def test_choice(name: str, use: Use, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "is_installed", lambda: True)
     assert choose(declared(VARIANTS[name].attention, "none")[0], use, "auto").name == chosen
 
 

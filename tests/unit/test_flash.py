@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from sinkbench.attention import backends, flash, flash_attn, flash_torch, reference, sdpa
+from sinkbench.attention import backends, flash, flash_attn, flash_torch, fused, reference, sdpa
 from sinkbench.attention.flash import Kernel, Scores
 from sinkbench.attention.reference import scaled_and_biased
 from sinkbench.errors import RecipeError
@@ -303,8 +303,8 @@ def install(monkeypatch: pytest.MonkeyPatch, *modules: str, hopper: bool = True)
         ("softmax", CARD, "flash"),
         ("window, sink logit", CARD, "flash"),
         ("prefix, sink logit", replace(CARD, prefix=True), "flash"),
-        ("prefix, window, slot", replace(CARD, prefix=True), "flex"),
-        ("alibi", replace(CARD, position_bias=True), "flex"),
+        ("prefix, window, slot", replace(CARD, prefix=True), "triton"),
+        ("alibi", replace(CARD, position_bias=True), "triton"),
         ("softmax", replace(CARD, half=False), "sdpa"),
         ("softmax", replace(CARD, split_sequence=True), "sdpa"),
         ("softmax", replace(CARD, head_size=12), "sdpa"),
@@ -316,6 +316,7 @@ def test_flash_attn_4_is_taken_where_it_can(
     name: str, use: backends.Use, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, flash_attn.FOUR)
+    monkeypatch.setattr(fused, "is_installed", lambda: True)
     spec, _ = declared(VARIANTS[name].attention, "none")
     assert backends.choose(spec, use, "auto").name == chosen
 
