@@ -1,9 +1,9 @@
 """Sizes of the kernels' blocks: fixed ones that were measured, or the fastest of a few, tuned once and kept.
 
-They are tuned on a card at the first call of each kind, which takes seconds, and kept in ``tiles.json`` in
-~/.cache/sinkbench or SINKBENCH_CACHE, by card, Triton version, source of the kernels and kind of call. The
-fixed sizes are used under ``train.deterministic``, with SINKBENCH_AUTOTUNE=0, where the file cannot be
-written, and in a CUDA graph's capture.
+They are tuned on a card at the first call of each kind, which takes seconds: all that are tried are compiled
+at the same time. They are kept in ``tiles.json`` in ~/.cache/sinkbench or SINKBENCH_CACHE, by card, Triton
+version, source of the kernels and kind of call. The fixed sizes are used under ``train.deterministic``, with
+SINKBENCH_AUTOTUNE=0, where the file cannot be written, and in a CUDA graph's capture.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,6 @@ class Tiles:
         sizes = {"BLOCK_Q": self.block_q, "BLOCK_K": self.block_k}
         return sizes | {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
-    def halved(self) -> Tiles:
-        """For values of twice the bytes."""
-        return Tiles(self.block_q // 2, self.block_k // 2, self.num_warps, 1)
-
 
 FIXED = {
     "forward": {
@@ -69,6 +66,13 @@ FIXED = {
 }
 """By kernel and largest head size, as measured for sigmoid on an H100 (benchmarks/attention.py)."""
 
+FIXED_WITH_SLOPE = {
+    "forward": Tiles(128, 32, 4, 3),
+    "keys": Tiles(64, 64, 4, 3),
+    "queries": Tiles(64, 32, 4, 3),
+}
+"""For head sizes up to 96, where scores fall with the distance; tuned for sigmoid on an H100."""
+
 FIXED_WITH_TABLE = {
     "forward": Tiles(128, 64, 8, 2),
     "keys": Tiles(32, 64, 4, 2),
@@ -77,15 +81,17 @@ FIXED_WITH_TABLE = {
 """For head sizes up to 128, where a bias is read from a table: its entries take registers and shared memory.
 Chosen by what the compiler spills for an H100; not timed."""
 
+FIXED_FLOAT32 = {128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)}
+"""For all kernels, by largest head size. Products of float32 take no tensor cores but many registers: larger
+blocks spill up to 20 KiB a thread."""
+
 CANDIDATES = {
     "forward": (
         Tiles(128, 64, 4, 3),
         Tiles(128, 64, 8, 3),
         Tiles(128, 128, 8, 2),
-        Tiles(128, 64, 8, 2),
         Tiles(128, 32, 4, 3),
         Tiles(64, 64, 4, 3),
-        Tiles(64, 128, 4, 2),
     ),
     "keys": (
         Tiles(64, 64, 4, 3),
@@ -93,41 +99,39 @@ CANDIDATES = {
         Tiles(32, 64, 4, 3),
         Tiles(32, 64, 4, 2),
         Tiles(64, 128, 8, 2),
-        Tiles(128, 64, 8, 2),
-        Tiles(64, 64, 8, 2),
-        Tiles(32, 128, 8, 2),
     ),
     "queries": (
         Tiles(64, 64, 4, 2),
         Tiles(64, 64, 4, 3),
         Tiles(64, 32, 4, 3),
         Tiles(128, 64, 8, 3),
-        Tiles(128, 64, 8, 2),
         Tiles(128, 32, 8, 3),
     ),
 }
-"""What is tried beside the fixed sizes, for head sizes up to 128."""
+"""What is tried beside the fixed sizes, for head sizes up to 128: few, since each is compiled for seconds."""
 LARGE_CANDIDATES = (Tiles(64, 32, 8, 2), Tiles(32, 32, 4, 2), Tiles(64, 64, 8, 1), Tiles(32, 64, 4, 1))
 """For larger heads."""
+FLOAT32_CANDIDATES = (Tiles(32, 16, 4, 1), Tiles(16, 16, 4, 1))
 
 SMALLEST_BLOCK = 16
-"""Of all sizes above, halved."""
+"""Of all sizes above."""
 
 Launch = Callable[[Tiles], object]
 _chosen: dict[tuple[Any, ...], Tiles] = {}
 
 
-def fixed(kernel: str, head_size: int, dtype: torch.dtype, *, table: bool = False) -> Tiles:
-    """The sizes that are not tuned."""
-    by_size = FIXED[kernel]
-    found = by_size[min(size for size in by_size if size >= head_size)]
-    if table and head_size <= 128:
-        found = FIXED_WITH_TABLE[kernel]
-    return found.halved() if dtype == torch.float32 else found
+def fixed(kernel: str, head_size: int, dtype: torch.dtype, position: int = 0) -> Tiles:
+    """The sizes that are not tuned; ``position`` as in the kernels."""
+    if dtype != torch.float32 and position == 1 and head_size <= 96:
+        return FIXED_WITH_SLOPE[kernel]
+    if dtype != torch.float32 and position == 2 and head_size <= 128:
+        return FIXED_WITH_TABLE[kernel]
+    by_size = FIXED_FLOAT32 if dtype == torch.float32 else FIXED[kernel]
+    return by_size[min(size for size in by_size if size >= head_size)]
 
 
 def choose(
-    kernel: str, query: Tensor, variant: Mapping[str, Any], launch: Launch, *, table: bool = False
+    kernel: str, query: Tensor, variant: Mapping[str, Any], launch: Launch, position: int = 0
 ) -> Tiles:
     """The sizes for a kernel's call.
 
@@ -136,10 +140,10 @@ def choose(
         query: [b, h, t, d].
         variant: what else the speed depends on.
         launch: runs the kernel; it may run several times.
-        table: a bias is read from a table.
+        position: kind of the bias by distance, as in the kernels.
     """
     length, head_size = query.shape[2:]
-    default = fixed(kernel, head_size, query.dtype, table=table)
+    default = fixed(kernel, head_size, query.dtype, position)
     if not query.is_cuda or torch.are_deterministic_algorithms_enabled() or not _enabled():
         return default
     bucket = 1 << max(length - 1, 0).bit_length()
@@ -158,7 +162,8 @@ def choose(
         "length": bucket,
         **variant,
     }
-    _chosen[name] = tuned(key, default, _candidates(kernel, head_size, query.dtype), launch, seconds)
+    measure = partial(times, launch, torch.cuda.current_stream(query.device))
+    _chosen[name] = tuned(key, default, _candidates(kernel, head_size, query.dtype), measure)
     return _chosen[name]
 
 
@@ -166,22 +171,24 @@ def tuned(
     key: Mapping[str, Any],
     default: Tiles,
     candidates: tuple[Tiles, ...],
-    launch: Launch,
-    timer: Callable[[Callable[[], object]], float],
+    measure: Callable[[tuple[Tiles, ...]], Mapping[Tiles, float]],
 ) -> Tiles:
     """The kept sizes of a key, or the fastest, which are then kept.
 
     Args:
-        timer: time of a call, infinite for one that the card cannot run.
+        measure: time of a call with each of them, infinite for one that the card cannot run.
     """
     path, name = cache_file(), json.dumps(dict(key), sort_keys=True)
     kept = load(path).get(name)
     if kept is not None:
         return kept
     tried = tuple(dict.fromkeys((default, *candidates)))
-    times = {sizes: timer(lambda sizes=sizes: launch(sizes)) for sizes in tried}  # type: ignore[misc]
-    best = min(times, key=lambda sizes: times[sizes])
-    if math.isinf(times[best]):
+    _log.info(
+        "tuning the blocks of the kernel %s of attention: %d sizes, once for this card", name, len(tried)
+    )
+    found = measure(tried)
+    best = min(found, key=lambda sizes: found[sizes])
+    if math.isinf(found[best]):
         return default
     try:
         # Read once more: other processes tune other keys meanwhile.
@@ -190,7 +197,7 @@ def tuned(
     except HostError as error:
         _log.warning("block sizes are not tuned: %s", error)
         return default
-    _log.info("tuned %s: %s, %.2fx the fixed sizes", name, best, times[best] / times[default])
+    _log.info("tuned %s: %s, %.2fx the fixed sizes", name, best, found[best] / found[default])
     return best
 
 
@@ -229,6 +236,18 @@ def cache_file() -> Path:
     return Path(os.environ.get("SINKBENCH_CACHE", "~/.cache/sinkbench")).expanduser() / "tiles.json"
 
 
+def times(launch: Launch, stream: torch.cuda.Stream, tried: tuple[Tiles, ...]) -> dict[Tiles, float]:
+    """Time of each on the card, after they were compiled at the same time."""
+
+    def compile_and_run(sizes: Tiles) -> None:
+        with torch.cuda.stream(stream):  # a thread of its own has the first card's
+            launch(sizes)
+
+    with ThreadPoolExecutor(len(tried)) as threads:
+        wait([threads.submit(compile_and_run, sizes) for sizes in tried])  # what fails here does so below
+    return {sizes: seconds(partial(launch, sizes)) for sizes in tried}
+
+
 def seconds(run: Callable[[], object]) -> float:
     """Median time of a kernel on the card; infinite if it needs more than the card has."""
     from triton.runtime.errors import OutOfResources, PTXASError
@@ -242,8 +261,9 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def _candidates(kernel: str, head_size: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
-    found = CANDIDATES[kernel] if head_size <= 128 else LARGE_CANDIDATES
-    return tuple(sizes.halved() for sizes in found) if dtype == torch.float32 else found
+    if dtype == torch.float32:
+        return FLOAT32_CANDIDATES
+    return CANDIDATES[kernel] if head_size <= 128 else LARGE_CANDIDATES
 
 
 def _enabled() -> bool:

@@ -178,7 +178,7 @@ class _Call:
             "normalize": s.normalize,
             "position": s.position,
         }
-        return tiles.choose(kernel, self.q, variant, launch, table=s.position == TABLE)
+        return tiles.choose(kernel, self.q, variant, launch, s.position)
 
     def divided_gradient(self, grad: Tensor, out: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See the kernel; ``rows`` is the gradient of the log-sum-exp for a softmax."""

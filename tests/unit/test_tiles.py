@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ TIMES = {DEFAULT: 2.0, FASTER: 1.0, TOO_LARGE: math.inf}
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where tuned sizes are kept."""
+    """Where tuned sizes are kept. They are tuned, whatever the tests are run with."""
     monkeypatch.setenv("SINKBENCH_CACHE", str(tmp_path))
+    monkeypatch.delenv("SINKBENCH_AUTOTUNE", raising=False)
     return tmp_path
 
 
@@ -36,16 +36,13 @@ class Card:
         self.times = times
         self.launched: list[Tiles] = []
 
-    def launch(self, sizes: Tiles) -> None:
-        self.launched.append(sizes)
-
-    def time(self, run: Callable[[], object]) -> float:
-        run()
-        return self.times[self.launched[-1]]
+    def measure(self, tried: tuple[Tiles, ...]) -> dict[Tiles, float]:
+        self.launched += tried
+        return {sizes: self.times[sizes] for sizes in tried}
 
 
 def tune(card: Card, key: dict[str, Any] = KEY) -> Tiles:
-    return tiles.tuned(key, DEFAULT, (FASTER, TOO_LARGE), card.launch, card.time)
+    return tiles.tuned(key, DEFAULT, (FASTER, TOO_LARGE), card.measure)
 
 
 def test_the_fastest_is_kept() -> None:
@@ -126,6 +123,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(tiles, "_triton_version", lambda: "3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card A")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     return keys
 
 
@@ -157,10 +155,15 @@ def test_when_nothing_is_tuned(tuned: list[dict[str, Any]], monkeypatch: pytest.
     assert choose() == FASTER, "after a capture it is"
 
 
+@pytest.mark.parametrize("position", [0, 1, 2])
 @pytest.mark.parametrize("kernel", tiles.FIXED)
 @pytest.mark.parametrize("head_size", [16, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_blocks_are_not_below_what_a_product_takes(kernel: str, head_size: int, dtype: torch.dtype) -> None:
+def test_few_are_tried_and_none_is_below_what_a_product_takes(
+    position: int, kernel: str, head_size: int, dtype: torch.dtype
+) -> None:
     candidates = tiles._candidates(kernel, head_size, dtype)
-    for sizes in (tiles.fixed(kernel, head_size, dtype), *candidates):
+    tried = {tiles.fixed(kernel, head_size, dtype, position), *candidates}
+    assert len(tried) <= 6
+    for sizes in tried:
         assert min(sizes.block_q, sizes.block_k) >= tiles.SMALLEST_BLOCK
