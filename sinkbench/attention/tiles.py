@@ -1,9 +1,9 @@
 """Sizes of the kernels' blocks: fixed ones that were measured, or the fastest of a few, tuned once and kept.
 
-They are tuned on a card at the first call of each kind, which takes seconds: all that are tried are compiled
-at the same time. They are kept in ``tiles.json`` in ~/.cache/sinkbench or SINKBENCH_CACHE, by card, Triton
-version, source of the kernels and kind of call. The fixed sizes are used under ``train.deterministic``, with
-SINKBENCH_AUTOTUNE=0, where the file cannot be written, and in a CUDA graph's capture.
+They are tuned on a card at the first call of each kind, which takes seconds, and kept in ``tiles.json`` in
+~/.cache/sinkbench or SINKBENCH_CACHE, by card, Triton version, source of the kernels and kind of call. The
+fixed sizes are used under ``train.deterministic``, with SINKBENCH_AUTOTUNE=0, where the file cannot be
+written, and in a CUDA graph's capture.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import math
 import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -162,8 +161,8 @@ def choose(
         "length": bucket,
         **variant,
     }
-    measure = partial(times, launch, torch.cuda.current_stream(query.device))
-    _chosen[name] = tuned(key, default, _candidates(kernel, head_size, query.dtype), measure)
+    candidates = _candidates(kernel, head_size, query.dtype)
+    _chosen[name] = tuned(key, default, candidates, partial(times, launch))
     return _chosen[name]
 
 
@@ -236,15 +235,8 @@ def cache_file() -> Path:
     return Path(os.environ.get("SINKBENCH_CACHE", "~/.cache/sinkbench")).expanduser() / "tiles.json"
 
 
-def times(launch: Launch, stream: torch.cuda.Stream, tried: tuple[Tiles, ...]) -> dict[Tiles, float]:
-    """Time of each on the card, after they were compiled at the same time."""
-
-    def compile_and_run(sizes: Tiles) -> None:
-        with torch.cuda.stream(stream):  # a thread of its own has the first card's
-            launch(sizes)
-
-    with ThreadPoolExecutor(len(tried)) as threads:
-        wait([threads.submit(compile_and_run, sizes) for sizes in tried])  # what fails here does so below
+def times(launch: Launch, tried: tuple[Tiles, ...]) -> dict[Tiles, float]:
+    """Time of each on the card."""
     return {sizes: seconds(partial(launch, sizes)) for sizes in tried}
 
 

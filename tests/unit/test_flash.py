@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from sinkbench.attention import backends, flash, flash_attn, flash_torch, fused, reference, sdpa
+from sinkbench.attention import backends, flash, flash_attn, flash_torch, reference, sdpa
 from sinkbench.attention.flash import Kernel, Scores
 from sinkbench.attention.reference import scaled_and_biased
 from sinkbench.errors import RecipeError
@@ -298,27 +298,31 @@ def install(monkeypatch: pytest.MonkeyPatch, *modules: str, hopper: bool = True)
 
 
 @pytest.mark.parametrize(
-    ("name", "use", "chosen"),
+    ("name", "use", "lacks"),
     [
-        ("softmax", CARD, "flash"),
-        ("window, sink logit", CARD, "flash"),
-        ("prefix, sink logit", replace(CARD, prefix=True), "flash"),
-        ("prefix, window, slot", replace(CARD, prefix=True), "triton"),
-        ("alibi", replace(CARD, position_bias=True), "triton"),
-        ("softmax", replace(CARD, half=False), "sdpa"),
-        ("softmax", replace(CARD, split_sequence=True), "sdpa"),
-        ("softmax", replace(CARD, head_size=12), "sdpa"),
-        ("softmax", replace(CARD, device="cpu"), "sdpa"),
-        ("kernel_mlp", CARD, "linear"),
+        ("softmax", CARD, ""),
+        ("window, sink logit", CARD, ""),
+        ("prefix, sink logit", replace(CARD, prefix=True), ""),
+        ("prefix, window, slot", replace(CARD, prefix=True), "window"),
+        ("alibi", replace(CARD, position_bias=True), "position bias"),
+        ("softmax", replace(CARD, half=False), "float32"),
+        ("softmax", replace(CARD, split_sequence=True), "context parallelism"),
+        ("softmax", replace(CARD, head_size=12), "head"),
+        ("softmax", replace(CARD, device="cpu"), "CPU"),
+        ("kernel_mlp", CARD, "feature map"),
     ],
 )
-def test_flash_attn_4_is_taken_where_it_can(
-    name: str, use: backends.Use, chosen: str, monkeypatch: pytest.MonkeyPatch
+def test_flash_attn_4_is_taken_where_it_is_asked_for_and_can(
+    name: str, use: backends.Use, lacks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch, flash_attn.FOUR)
-    monkeypatch.setattr(fused, "is_installed", lambda: True)
     spec, _ = declared(VARIANTS[name].attention, "none")
-    assert backends.choose(spec, use, "auto").name == chosen
+    assert backends.choose(spec, use, "auto").name != "flash"
+    if not lacks:
+        assert backends.choose(spec, use, "flash").name == "flash"
+        return
+    with pytest.raises(RecipeError, match=lacks):
+        backends.choose(spec, use, "flash")
 
 
 @pytest.mark.parametrize("modules", [[], [flash_attn.TWO]])

@@ -123,7 +123,6 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(tiles, "_triton_version", lambda: "3.6.0")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card A")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     return keys
 
 
