@@ -168,24 +168,24 @@ def test_a_sink_token_says_what_cannot_split_it(layout: str) -> None:
 
 PARAMETERS = {"prefix_lm": {"prefix": 3}}
 """Of plugins that need some."""
-EXTRAS: tuple[dict[str, Any], ...] = (
-    {},
-    {"kv_bias": "kv", "combine": "sum", "sink_token": True, "window": 5},
-)
-"""Every attention is built without options and with most of them."""
+EXTRAS: dict[str, Any] = {"kv_bias": "kv", "combine": "sum", "sink_token": True, "window": 5}
+"""Every first-party attention is built without options and with most of them."""
+PACKAGES = ("sinkbench", "sinkbench-newer-methods")
 
 
 def combinations() -> Iterator[dict[str, Any]]:
     index = plugins.discover()
+
+    def package(kind: str, name: str) -> str:
+        return index.get(kind, name).package.distribution
+
     kinds = ("attention", "positional", "normalization", "loss")
-    first_party = [
-        [n for n in index.names(kind) if index.get(kind, n).package.distribution == "sinkbench"]
-        for kind in kinds
-    ]
+    shipped = [[n for n in index.names(kind) if package(kind, n) in PACKAGES] for kind in kinds]
     locations = itertools.cycle(("pre", "post", "sandwich"))
-    for number, (attention, position, norm, loss) in enumerate(itertools.product(*first_party)):
+    for number, (attention, position, norm, loss) in enumerate(itertools.product(*shipped)):
+        extras = EXTRAS if number % 2 and package("attention", attention) == "sinkbench" else {}
         yield {
-            "attention": {"name": attention, **EXTRAS[number % 2]},
+            "attention": {"name": attention, **extras},
             "positional": position,
             "normalization": {"name": norm, "location": next(locations)},
             "loss": {"name": loss, **PARAMETERS.get(loss, {})},
@@ -218,7 +218,7 @@ def rank_builds_all(rank: int, world_size: int) -> list[tuple[dict[str, Any], fl
 
 def test_every_combination_builds(run_distributed: RunDistributed) -> None:
     (found,) = run_distributed(1, rank_builds_all, timeout=280)
-    assert len(found) == 7 * 7 * 2 * 3
+    assert len(found) == (7 + 5) * 7 * 2 * 3
     assert all(math.isfinite(loss) and loss > 0 for _, loss in found)
 
 
