@@ -1,0 +1,76 @@
+"""The settings of the paper in the shipped recipes, and budgets, which change the size of a run alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sinkbench import cli, recipe
+from tests.recipes.shipped import NAMES
+
+BUDGETS = ("cpu_minute", "h100_5min", "paper")
+PAPER = [name for name in NAMES if name.startswith("paper/")]
+VARIANT = ("attention", "positional", "normalization", "ffn", "tie_embeddings", "init")
+"""What a budget leaves alone, in the section on the model."""
+
+
+def runs(name: str, *overrides: str) -> dict[str, dict[str, Any]]:
+    """Values of each run by label."""
+    expanded = recipe.expand(recipe.load(f"sinkbench:{name}", list(overrides)))
+    return {
+        run.values.get("label") or "": recipe.to_config(run).model_dump(mode="json", by_alias=True)
+        for run in expanded
+    }
+
+
+def variant(values: dict[str, Any]) -> dict[str, Any]:
+    model, optim, data = values["model"], values["optim"], values["data"]
+    return {
+        **{key: model[key] for key in VARIANT},
+        "loss": values["loss"],
+        "transforms": data["transforms"],
+        "decay": (optim["weight_decay"], optim["weight_decay_on"], optim["schedule"]),
+    }
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", PAPER)
+def test_a_budget_leaves_the_variant(name: str, budget: str) -> None:
+    whole, scaled = runs(name), runs(name, f"extends+=_base/budget/{budget}")
+    assert len(whole) == len(scaled)
+    for before, after in zip(whole.values(), scaled.values(), strict=True):
+        assert variant(after) == variant(before)
+        if budget == "paper":
+            assert after == before
+        else:
+            assert after["train"]["steps"] < before["train"]["steps"]
+            assert after["train"]["global_batch_size"] < before["train"]["global_batch_size"]
+
+
+def test_the_papers_budget_takes_another_back() -> None:
+    (small,) = runs("default_60m.yaml", "extends+=_base/budget/h100_5min").values()
+    both = [f"extends+=_base/budget/{budget}" for budget in ("h100_5min", "paper")]
+    (back,) = runs("default_60m.yaml", *both).values()
+    assert (small["train"]["steps"], small["train"]["global_batch_size"]) == (1000, 64)
+    assert (back["train"]["steps"], back["train"]["global_batch_size"]) == (20_000, 512)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "steps", "flops_per_token"),
+    [
+        ("default_60m", 59.0e6, 20_000, 680.7e6),
+        ("default_1b", 1.13e9, 40_000, 7.956e9),
+        ("sigmoid_1b", 1.13e9, 40_000, 7.956e9),
+    ],
+)
+def test_settings_of_the_paper(
+    capsys: pytest.CaptureFixture[str], name: str, parameters: float, steps: int, flops_per_token: float
+) -> None:
+    assert cli.main(["recipe", "show", name, "--json"]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    derived = run["derived"]
+    assert derived["parameters_without_tables"] == pytest.approx(parameters, rel=1e-3)
+    assert derived["tokens"] == steps * 512 * 2048
+    assert derived["flops_per_token"] == pytest.approx(flops_per_token, rel=1e-3)
