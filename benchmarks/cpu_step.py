@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from benchmarks import step_subjects
+from benchmarks import step_subjects, step_variants
 from benchmarks.step_subjects import Subject
 
 SHAPE = (
@@ -41,10 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> float:
     parser.add_argument("overrides", nargs="*", help="of the recipe, as in sinkbench.pretrain")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    config = step_subjects.load("60m", [*SHAPE, *options.overrides])
+    config = step_variants.load("60m", [*SHAPE, *options.overrides])
     layout = step_subjects.start(config)
     ours, plain = (step_subjects.make(name, config, layout) for name in ("ours", "plain"))
-    tokens = step_subjects.random_tokens(config, MICRO_BATCHES, layout.device)
+    tokens = step_subjects.random_tokens(config, MICRO_BATCHES, layout)
     for _ in range(WARMUP):
         for subject in (ours, plain):
             subject.step(tokens)

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sinkbench import plugins, recipe
+from sinkbench import plugins
 from sinkbench.attention import reference
-from sinkbench.config import Config, padded_vocab_size
+from sinkbench.config import Config, ModelConfig, padded_vocab_size
+from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.megatron import parallel
 from sinkbench.megatron.parallel import Layout
 
 TINY = (
-    "model={num_layers: 2, hidden_size: 64, num_attention_heads: 2, ffn_hidden_size: 96}",
+    "model={num_layers: 2, hidden_size: 64, ffn_hidden_size: 96}",
     "model={seq_length: 64, vocab_size: 512}",
     "train.precision=fp32",
 )
@@ -37,18 +41,32 @@ class Subject(Protocol):
         for."""
 
 
-def load(model: str, overrides: Sequence[str]) -> Config:
-    """A shipped recipe (60m or 1b), without data."""
-    usual = ("data={source: bigram_backcopy}", "measure.every=0", "validation.every=0")
-    return recipe.to_config(recipe.load(f"default_{model}.yaml", [*usual, *overrides]))
-
-
-def random_tokens(config: Config, count: int, device: torch.device) -> list[Tensor]:
-    """Micro-batches [b, s + 1] for one step."""
+def random_tokens(config: Config, count: int, layout: Layout) -> list[Tensor]:
+    """Micro-batches [b, s + 1] for one step of this data-parallel rank."""
     assert config.model.vocab_size is not None
     assert config.train.micro_batch_size is not None
     size = (config.train.micro_batch_size, config.model.seq_length + 1)
-    return [torch.randint(config.model.vocab_size, size, device=device) for _ in range(count)]
+    device = layout.device
+    generator = torch.Generator(device).manual_seed(config.seed + layout.data_rank)
+    high = config.model.vocab_size
+    return [torch.randint(high, size, device=device, generator=generator) for _ in range(count)]
+
+
+def any_weights(stage: nn.Module, model: ModelConfig, **_: Any) -> None:
+    """Random weights where only time and memory are of interest, drawn where they are. They take the place of
+    ``sinkbench.megatron.initialise.initialise``, which draws a billion numbers on the host."""
+    with torch.no_grad():
+        for parameter in stage.parameters():
+            if hasattr(parameter, "initial"):
+                mean, std = parameter.initial
+                parameter.normal_(mean, std)
+            elif parameter.dim() > 1:
+                parameter.normal_(0.0, 0.02)
+
+
+def without_initial_weights() -> AbstractContextManager[Any]:
+    """Models made within the block have ``any_weights``."""
+    return mock.patch("sinkbench.megatron.initialise.initialise", any_weights)
 
 
 class Ours:
@@ -61,11 +79,22 @@ class Ours:
         resolved = plugins.resolve(config, plugins.discover())
         assert config.model.vocab_size is not None
         self.declared = declare(config, resolved, config.model.vocab_size)
-        self.engine = Engine(config, build_stages(config, self.declared, layout), layout)
+        with without_initial_weights():
+            stages = build_stages(config, self.declared, layout)
+        self.engine = Engine(config, stages, layout)
 
     def step(self, tokens_bs: Sequence[Tensor]) -> float:
         transform = self.declared.loss.transform
         return self.engine.train_step([transform({"tokens": tokens}) for tokens in tokens_bs]).loss
+
+    def probe(self, config: Config) -> Probe:
+        """The sink probe of a recipe, of random tokens."""
+        resolved = plugins.resolve(config, plugins.discover())
+        measure = config.measure
+        size = (measure.count, measure.length)
+        tokens = np.random.default_rng(0).integers(self.declared.context.vocab_size, size=size)
+        metrics = build_metrics(resolved.metrics, self.declared.context)
+        return Probe(metrics, {"tokens": tokens}, self.engine, self.declared.transforms)
 
 
 class MegatronLocal:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import train_step
+from benchmarks import attention, save_overhead, train_step
+from benchmarks.step_profile import Kernel, covered, kernels_of, kind_of
 from sinkbench.testing import RunDistributed
 
 pytestmark = pytest.mark.full
@@ -50,7 +51,86 @@ def test_the_ratio_on_a_cpu(run_distributed: RunDistributed) -> None:
     ("triton_red_fused__fused_rms_norm_add_0", "norm"),
     ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
     ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
-    ("triton_poi_fused_mul_silu_0", "other"),
+    ("triton_poi_fused_mul_silu_split_0", "activation"),
+    ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>", "attention"),
+    ("triton_poi_fused_add_mul_neg_slice_slice_backward_0", "rotary"),
+    ("void at::native::unrolled_elementwise_kernel<at::native::CUDAFunctor_add<float>>", "gradients"),
+    ("Memcpy DtoD (Device -> Device)", "other"),
 ])  # fmt: skip
 def test_kinds_of_kernels(kernel: str, kind: str) -> None:
-    assert train_step.kind_of(kernel) == kind
+    assert kind_of(kernel) == kind
+
+
+def test_only_what_occupies_the_card_counts_and_once() -> None:
+    trace: list[dict[str, Any]] = [
+        {"cat": "kernel", "name": "a", "ts": 1000.0, "dur": 3000.0},
+        {"cat": "kernel", "name": "b", "ts": 2000.0, "dur": 1000.0},
+        {"cat": "gpu_memset", "name": "c", "ts": 6000.0, "dur": 500.0},
+        {"cat": "gpu_user_annotation", "name": "Optimizer.step#AdamW.step", "ts": 0.0, "dur": 9000.0},
+        {"cat": "cuda_runtime", "name": "cudaLaunchKernel", "ts": 0.0, "dur": 10.0},
+        {"name": "process_name", "ph": "M"},
+    ]
+    kernels = kernels_of(trace)
+    assert kernels == [Kernel("a", 1.0, 4.0), Kernel("b", 2.0, 3.0), Kernel("c", 6.0, 6.5)]
+    assert covered(kernels) == pytest.approx(3.5)
+
+
+def rank_scales(rank: int, world_size: int, layout: str, path: Path) -> list[dict[str, Any]]:
+    few = ["--steps", "2", "--warmup", "1", "--micro-batch", "2", "--micro-batches", "2", "--no-profile"]
+    chosen = ["--models", "60m", "--subjects", "ours", "--variants", "softmax"]
+    return train_step.main([layout, "--device", "cpu", "--tiny", *few, "--against", str(path), *chosen])
+
+
+@pytest.mark.parametrize("layout", [
+    "parallel.overlap=true", "parallel={tensor: 2, sequence: true}",
+    "parallel.pipeline=2", "parallel.context=2",
+])  # fmt: skip
+def test_two_processes(run_distributed: RunDistributed, tmp_path: Path, layout: str) -> None:
+    one = {"model": "60m", "subject": "ours", "variant": "softmax", "tokens_per_second": 100.0}
+    (tmp_path / "one.json").write_text(json.dumps([one]))
+    rows = run_distributed(2, rank_scales, layout, tmp_path / "one.json")
+    for (row,) in rows:
+        assert row["efficiency"] == pytest.approx(row["tokens_per_second"] / 200)
+        assert row["cards"] == 2
+    assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"])
+
+
+def rank_lists(rank: int, world_size: int) -> list[dict[str, Any]]:
+    few = ["--steps", "1", "--warmup", "1", "--micro-batch", "1", "--micro-batches", "1", "--no-profile"]
+    chosen = ["--models", "60m", "--subjects", "ours", "--variants", "no_such_attention"]
+    listed = ["attention_biases/biases/kv", "model_architecture/ffn/ffn=relu"]
+    return train_step.main(["--device", "cpu", "--tiny", *few, *chosen, "softmax", *listed])
+
+
+def test_a_row_that_fails_stops_no_other(run_distributed: RunDistributed) -> None:
+    (rows,) = run_distributed(1, rank_lists)
+    assert "no_such_attention" in rows[0]["problem"]
+    assert [row["to_softmax"] > 0 for row in rows[1:]] == [True] * 3
+
+
+def rank_saves(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    shape = ["model={num_layers: 2, hidden_size: 64, ffn_hidden_size: 96, seq_length: 64, vocab_size: 512}"]
+    small = ["train={precision: fp32, device: cpu, global_batch_size: 2}", "data={source: bigram_backcopy}"]
+    where = ["--folder", str(folder)]
+    return save_overhead.main(["default_60m", *shape, *small, "--steps", "12", *where])
+
+
+def test_save_overhead(run_distributed: RunDistributed, tmp_path: Path) -> None:
+    results = run_distributed(2, rank_saves, tmp_path / "runs")
+    for result in results:
+        assert result["ratio"] == pytest.approx(result["in_background_s"] / result["without_s"])
+        assert result["waiting_s"] > 0
+        assert result["complete_s"]["first"] >= result["held_s"]["first"] > 0
+    steps = 10 + 2 * 12 + 1
+    assert [path.name for path in (tmp_path / "runs/default_60m/checkpoints").iterdir()] == [f"step_{steps}"]
+
+
+def test_attention_against_its_bars(tmp_path: Path) -> None:
+    rows = attention.main(["--bars", "--device", "cpu", "--json", str(tmp_path / "rows.json")])
+    barred = {row["variant"] for row in rows if "bar" in row}
+    assert barred == {*attention.BARS, "softmax"}
+    for row in rows:
+        if "problem" not in row and not row["backend"].startswith("importance"):
+            assert row["ratio"] == pytest.approx(row["both_ms"] / rows[0]["both_ms"])
+    left_out = attention.main(["--bars", "--device", "cpu", "--limit-s", "-1"])
+    assert all("--limit-s" in row["problem"] and not row.get("passed") for row in left_out)
