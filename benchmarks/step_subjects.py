@@ -40,6 +40,9 @@ class Subject(Protocol):
         """Trains on micro-batches of s + 1 tokens and returns their mean loss, which the host has waited
         for."""
 
+    def close(self) -> None:
+        """Frees its memory."""
+
 
 def random_tokens(config: Config, count: int, layout: Layout) -> list[Tensor]:
     """Micro-batches [b, s + 1] for one step of this data-parallel rank."""
@@ -86,6 +89,9 @@ class Ours:
     def step(self, tokens_bs: Sequence[Tensor]) -> float:
         transform = self.declared.loss.transform
         return self.engine.train_step([transform({"tokens": tokens}) for tokens in tokens_bs]).loss
+
+    def close(self) -> None:
+        _free(self.engine.stages, self.engine.optimizer)
 
     def probe(self, config: Config) -> Probe:
         """The sink probe of a recipe, of random tokens."""
@@ -147,6 +153,21 @@ class MegatronLocal:
         )
         self.optimizer.step()
         return float(torch.stack(reports).mean())
+
+    def close(self) -> None:
+        _free([self.model], self.optimizer)
+
+
+def _free(wrapped: Sequence[Any], optimizer: Any) -> None:
+    """Frees the memory of a model and its optimizer. The model itself may stay: hooks in the gradient's graph
+    hold it and are held by it, which Python's garbage collector does not see."""
+    tensors = [x for one in wrapped for part in one.buffers for x in (part.param_data, part.grad_data)]
+    for one in optimizer.chained_optimizers:
+        tensors += [x for group in one.optimizer.param_groups for x in group["params"]]
+        tensors += [x for state in one.optimizer.state.values() for x in state.values()]
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            tensor.untyped_storage().resize_(0)
 
 
 def _local_config(config: Config) -> Any:
@@ -276,6 +297,9 @@ class Plain:
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(total)
+
+    def close(self) -> None:
+        """It goes with the last reference."""
 
 
 def make(name: str, config: Config, layout: Layout) -> Subject:

@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from benchmarks import step_subjects, step_variants
 from benchmarks.step_profile import KINDS, OTHER, breakdown
-from benchmarks.step_subjects import TINY, Ours
+from benchmarks.step_subjects import TINY, Ours, Subject
 from sinkbench import flops, manifest
 from sinkbench.config import Config
 from sinkbench.files import write_atomically
@@ -55,11 +56,28 @@ class Case:
 
 def measure(case: Case, config: Config, layout: Layout, options: argparse.Namespace) -> Row:
     """One row of the table."""
-    cuda = layout.device.type == "cuda"
-    if cuda:
+    if layout.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     subject = step_subjects.make(case.subject, config, layout)
-    tokens = step_subjects.random_tokens(config, options.micro_batches, layout)
+    try:
+        tokens = step_subjects.random_tokens(config, options.micro_batches, layout)
+        row = timed(subject, tokens, config, layout, options)
+        if not options.profile:
+            return row
+        try:
+            row |= breakdown(lambda: subject.step(tokens), layout.device, row["step_ms"])
+            row |= probe(subject, case.model, row["tokens_per_second"]) if isinstance(subject, Ours) else {}
+        except Exception as error:  # the rate is known, and stays
+            row |= _problem(error, "profile_problem")
+        return row
+    finally:
+        subject.close()
+
+
+def timed(
+    subject: Subject, tokens: Sequence[Tensor], config: Config, layout: Layout, options: argparse.Namespace
+) -> Row:
+    cuda = layout.device.type == "cuda"
     for _ in range(options.warmup):
         subject.step(tokens)
     seconds = []
@@ -74,7 +92,7 @@ def measure(case: Case, config: Config, layout: Layout, options: argparse.Namesp
     assert config.model.vocab_size is not None
     work = flops.flops_per_token(config.model, config.model.vocab_size)
     peak = flops.peak(manifest.device_name(layout.device), config.train.precision)
-    row = {
+    return {
         "tokens_per_second": rate,
         "mfu": None if peak is None else 100 * rate * work / (peak * layout.world_size),
         "step_ms": 1e3 * step_s,
@@ -82,13 +100,6 @@ def measure(case: Case, config: Config, layout: Layout, options: argparse.Namesp
         "loss": loss,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
     }
-    if options.profile:
-        try:
-            row |= breakdown(lambda: subject.step(tokens), layout.device, 1e3 * step_s)
-            row |= probe(subject, case.model, rate) if isinstance(subject, Ours) else {}
-        except Exception as error:  # the rate is known, and stays
-            row |= _problem(error, "profile_problem")
-    return row
 
 
 def _problem(error: Exception, key: str = "problem") -> Row:

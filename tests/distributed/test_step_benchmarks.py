@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,11 @@ def rank_lists(rank: int, world_size: int) -> list[dict[str, Any]]:
     few = ["--steps", "1", "--warmup", "1", "--micro-batch", "1", "--micro-batches", "1", "--no-profile"]
     chosen = ["--models", "60m", "--subjects", "ours", "--variants", "no_such_attention"]
     listed = ["attention_biases/biases/kv", "model_architecture/ffn/ffn=relu"]
-    return train_step.main(["--device", "cpu", "--tiny", *few, *chosen, "softmax", *listed])
+    rows = train_step.main(["--device", "cpu", "--tiny", *few, *chosen, "softmax", *listed])
+    networks = [one for one in gc.get_objects() if type(one).__name__ == "Network"]
+    held = sum(weight.untyped_storage().nbytes() for network in networks for weight in network.parameters())
+    assert held == 0, "of models that were measured"
+    return rows
 
 
 def test_a_row_that_fails_stops_no_other(run_distributed: RunDistributed) -> None:
