@@ -62,7 +62,7 @@ __all__ = [
     "hookimpl",
 ]
 
-API_VERSION = "1.1"
+API_VERSION = "1.2"
 """Version of this module. The second number grows when something is added, the first when something that
 plugins use is changed or taken away; that is announced by an ApiDeprecationWarning for one version before. A
 package names the version it was written for as an entry point: ``"1.0" = "sinkbench.api"`` in the group
@@ -406,6 +406,7 @@ def attention(
     position_bias: ScoreBias | None = None,
     position_parameters: Mapping[str, Tensor] | None = None,
     prefix: int = 0,
+    document_start: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Causal attention O = A V as declared, by the fastest program that can compute it here, as a model in
@@ -421,6 +422,9 @@ def attention(
         position_bias: added to the scores, such as a positional plugin's.
         position_parameters: a tensor for each of its parameters.
         prefix: the first so many positions see one another.
+        document_start: int32 or int64 [b, t], for sequences of several documents: the position at which the
+            document of each position begins. A query then sees keys of its own document only. Not together
+            with ``prefix``.
         backend: "auto", or the backend that shall compute it: "flash", "flex", "sdpa", "linear", "triton" or
             "eager".
 
@@ -449,6 +453,7 @@ def attention(
         position_bias=position_bias,
         position_parameters=position_parameters or {},
         prefix=prefix,
+        document_start=document_start,
         backend=backend,
     )
 

@@ -16,6 +16,8 @@ from sinkbench.errors import RecipeError
 
 _log = logging.getLogger(__name__)
 
+DOCUMENTS = "a document mask"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
@@ -27,6 +29,7 @@ class Use:
         position_bias: a positional plugin adds a bias to the scores.
         learned_bias: that bias has parameters.
         prefix: a loss plugin lets the first positions see one another.
+        documents: queries see keys of their own document only.
         half: queries, keys and values are bf16 or fp16.
         deterministic: the same gradients bit for bit, each time.
     """
@@ -37,6 +40,7 @@ class Use:
     position_bias: bool = False
     learned_bias: bool = False
     prefix: bool = False
+    documents: bool = False
     half: bool = True
     deterministic: bool = False
 
@@ -65,6 +69,7 @@ def _missing_flash(spec: AttentionSpec, use: Use) -> list[str]:
         "a sequence split by context parallelism": use.split_sequence,
         "a position bias": use.position_bias,
         "a window with a bidirectional prefix": spec.window is not None and use.prefix,
+        DOCUMENTS: use.documents,
     }
     found = [what for what, wanted in lacks.items() if wanted]
     return found or flash_attn.missing(spec, use.head_size, half=use.half)
@@ -81,7 +86,13 @@ def _missing_flex(spec: AttentionSpec, use: Use) -> list[str]:
 
 def _sdpa_needs_a_mask(spec: AttentionSpec, use: Use) -> bool:
     kernel = flash_torch.has_kernel(use.device, use.head_size, use.half, spec.window is not None)
-    return sdpa.needs_mask(spec, bias=use.position_bias, prefix=use.prefix, has_kernel=kernel)
+    return sdpa.needs_mask(
+        spec,
+        bias=use.position_bias,
+        prefix=use.prefix,
+        documents=use.documents,
+        has_kernel=kernel,
+    )
 
 
 def _missing_linear(spec: AttentionSpec, use: Use) -> list[str]:
@@ -89,6 +100,7 @@ def _missing_linear(spec: AttentionSpec, use: Use) -> list[str]:
         "a sequence split by context parallelism": use.split_sequence,
         "a position bias": use.position_bias,
         "a bidirectional prefix": use.prefix,
+        DOCUMENTS: use.documents,
     }
     return [*(what for what, wanted in lacks.items() if wanted), *linear.missing(spec)]
 
@@ -97,6 +109,7 @@ def _missing_triton(spec: AttentionSpec, use: Use) -> list[str]:
     lacks = {
         "attention on a CPU": use.device == "cpu",
         "a sequence split by context parallelism": use.split_sequence,
+        DOCUMENTS: use.documents,
     }
     found = [*(what for what, wanted in lacks.items() if wanted), *fused.missing(spec, use.head_size)]
     return found or fused.missing_function(spec.rule)  # which takes a second, so only where it decides

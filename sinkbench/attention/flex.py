@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 from torch.nn.functional import pad
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sinkbench.api import AttentionSpec
 from sinkbench.attention import sdpa
@@ -45,7 +46,10 @@ def run(p: Problem) -> Tensor:
     """O [b, h, q, d]. As in sdpa, a score bias only counts against a sink, and extra terms join the sum of
     the softmax afterwards."""
     length = p.query_bhqd.shape[2]
-    mask = block_mask(length, p.spec.window, min(p.prefix, length), p.query_bhqd.device)
+    if p.document_start_bk is None:
+        mask = block_mask(length, p.spec.window, min(p.prefix, length), p.query_bhqd.device)
+    else:
+        mask = document_mask(p.document_start_bk, p.spec.window)
     tensors = (p.query_bhqd, p.key_bgkd, p.value_bgkd)
     attend = compiled if p.query_bhqd.is_cuda else _attend
     slope = _slope(p)
@@ -168,16 +172,65 @@ def block_mask(length: int, window: int | None, prefix: int, device: torch.devic
             seen = seen | ((q < prefix) & (k < prefix))
         return seen
 
+    first, last, some, every = _blocks(length, window, device)
+    if prefix:
+        some |= (first < prefix)[:, None] & (first < prefix)[None]
+        every |= (last < prefix)[:, None] & (last < prefix)[None]
+    return _by_blocks(some[None], every[None], last < length, allowed, length)
+
+
+_document_masks = WeakTensorKeyDictionary()
+"""By the tensor of documents, which all layers of a step share: its version, the window, and the mask."""
+
+
+def document_mask(start_bt: Tensor, window: int | None) -> flex.BlockMask:
+    """As ``block_mask``, within documents. It is kept as long as the tensor that says where they begin."""
+    if start_bt.is_inference():  # has no version
+        return _document_mask(start_bt, window)
+    made_for = (start_bt._version, window)
+    kept = _document_masks.get(start_bt)
+    if kept is None or kept[0] != made_for:
+        kept = _document_masks[start_bt] = (made_for, _document_mask(start_bt, window))
+    mask: flex.BlockMask = kept[1]
+    return mask
+
+
+@torch.inference_mode(False)
+def _document_mask(start_bt: Tensor, window: int | None) -> flex.BlockMask:
+    length = start_bt.shape[1]
+    # The kernel reads what lies in the last block beyond the end too.
+    start = torch.cat([start_bt, start_bt[:, -1:].expand(-1, -length % BLOCK)], 1)
+
+    def allowed(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        seen = (q >= k) & (k >= start[b, q])
+        if window is not None:
+            seen = seen & (q - k < window)
+        return seen
+
+    first, last, some, every = _blocks(length, window, start.device)
+    # Documents begin later and later, so that a block's first query sees most keys and its last query fewest.
+    some = some & (last >= start[:, first, None])
+    every = every & (first >= start[:, last, None])
+    return _by_blocks(some, every, last < length, allowed, length)
+
+
+def _blocks(length: int, window: int | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """First and last position of each block [n], and of which blocks of keys [n, n] some pair, and every
+    pair, is in reach of a causal mask."""
     first = torch.arange(0, length, BLOCK, device=device)
     last = first + BLOCK - 1
     nearest, farthest = first[:, None] - last[None], last[:, None] - first[None]
     reach = length if window is None else window
-    some = (farthest >= 0) & (nearest < reach)
-    every = (nearest >= 0) & (farthest < reach)
-    if prefix:
-        some |= (first < prefix)[:, None] & (first < prefix)[None]
-        every |= (last < prefix)[:, None] & (last < prefix)[None]
-    every &= (last < length)[:, None] & (last < length)[None]
+    return first, last, (farthest >= 0) & (nearest < reach), (nearest >= 0) & (farthest < reach)
+
+
+def _by_blocks(
+    some: Tensor, every: Tensor, inside: Tensor, allowed: Callable[..., Tensor], length: int
+) -> flex.BlockMask:
+    """Args:
+    some, every: [b, n, n]; the latter counts for blocks that lie ``inside`` the sequence.
+    """
+    every = every & inside[:, None] & inside[None]
     partly, whole = _in_order(some & ~every), _in_order(every)
     return flex.BlockMask.from_kv_blocks(
         *partly, *whole, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(length, length)
@@ -185,6 +238,6 @@ def block_mask(length: int, window: int | None, prefix: int, device: torch.devic
 
 
 def _in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of a row's blocks [1, 1, rows], and theirs, before those of the others [1, 1, rows, all]."""
-    order = blocks.int().argsort(dim=1, descending=True, stable=True)
-    return blocks.sum(1).int()[None, None], order.int()[None, None]
+    """The number of a row's blocks [b, 1, rows], and theirs, before those of the others [b, 1, rows, all]."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1).int()[:, None], order.int()[:, None]

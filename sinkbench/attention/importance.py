@@ -32,7 +32,7 @@ class WeightSums:
     """Sums of a layer's weights. Queries and keys are the same positions, in order.
 
     Args:
-        p: ``visible`` is not heeded.
+        p: ``visible`` is not heeded; of one document.
         leading: so many positions come before the first token (1 with a sink token). They count as keys of
             their rows, but are no rows or keys of the results.
 

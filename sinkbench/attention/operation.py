@@ -29,6 +29,7 @@ def attention(
     position_bias: ScoreBias | None,
     position_parameters: Mapping[str, Tensor],
     prefix: int,
+    document_start: Tensor | None,
     backend: str,
 ) -> Tensor:
     """See ``sinkbench.api.attention``."""
@@ -40,12 +41,15 @@ def attention(
     _check_parameters("position_parameters", learned, position_parameters, sizes)
     if not 0 <= prefix <= length:
         raise PluginError(WHERE, f"prefix {prefix} of {length} positions", "give 0 to as many")
+    if document_start is not None:
+        _check_documents(document_start, query_bhtd, prefix)
     use = Use(
         device=query_bhtd.device.type,
         head_size=size,
         position_bias=position_bias is not None,
         learned_bias=any(x.requires_grad for x in position_parameters.values()),
         prefix=prefix > 0,
+        documents=document_start is not None,
         half=query_bhtd.dtype in (torch.bfloat16, torch.float16),
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )
@@ -64,6 +68,7 @@ def attention(
         position_bias=position_bias,
         position_parameters=position_parameters,
         prefix=prefix,
+        document_start_bk=None if document_start is None else document_start.int(),
     )
     return choose(spec, use, backend, where=f"{WHERE}: backend").run(problem)
 
@@ -86,6 +91,31 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     if query.numel() == 0:
         raise PluginError(
             WHERE, f"there is nothing in tensors of shapes {shapes}", "give at least one position"
+        )
+
+
+def _check_documents(start: Tensor, query: Tensor, prefix: int) -> None:
+    batch, _, length, _ = query.shape
+    whole = start.dtype in (torch.int32, torch.int64)
+    if list(start.shape) != [batch, length] or not whole or start.device != query.device:
+        raise PluginError(
+            WHERE,
+            f"document_start has shape {list(start.shape)}, {start.dtype} on {start.device}",
+            f"give int32 of shape [{batch}, {length}] on {query.device}",
+        )
+    if prefix:
+        problem = "a prefix whose positions see one another is given together with document_start"
+        raise PluginError(WHERE, problem, "leave one of them out")
+    begins = start == torch.arange(length, device=start.device)
+    goes_on = torch.zeros_like(begins)
+    goes_on[:, 1:] = start[:, 1:] == start[:, :-1]
+    wrong = (~(begins | goes_on)).nonzero()
+    if len(wrong):
+        row, at = wrong[0].tolist()
+        raise PluginError(
+            WHERE,
+            f"document_start of sequence {row} is {int(start[row, at])} at position {at}",
+            "write the position itself where a document begins, else what the position before has",
         )
 
 

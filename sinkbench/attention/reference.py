@@ -35,6 +35,8 @@ class Problem:
         parameters: the declared parameters; one that is split over heads has those heads' rows.
         position_bias: of the positional plugin, with ``position_parameters``.
         prefix: the first so many positions see one another.
+        document_start_bk: integers [b, k] of all positions: where the document of each begins, in sequences
+            of several. A query sees keys of its own document only. Not together with a prefix.
         visible: (position_q [q, 1], position_k [1, k]) -> bool: what of the rest a query may still see. For
             measurement: this reference heeds it, kernels do not.
     """
@@ -52,6 +54,7 @@ class Problem:
     position_bias: ScoreBias | None = None
     position_parameters: Mapping[str, Tensor] = field(default_factory=dict)
     prefix: int = 0
+    document_start_bk: Tensor | None = None
     visible: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def in_float32(self) -> Problem:
@@ -74,6 +77,15 @@ def allowed_qk(position_q: Tensor, position_k: Tensor, window: int | None = None
     if prefix:
         allowed = allowed | ((position_q < prefix)[:, None] & (position_k < prefix)[None, :])
     return allowed
+
+
+def allowed_keys(p: Problem, position_q: Tensor) -> Tensor:
+    """What ``allowed_qk`` allows these queries, bool [q, k], or [b, 1, q, k] where documents bound it."""
+    allowed = allowed_qk(position_q, p.position_k, p.spec.window, p.prefix)
+    if p.document_start_bk is None:
+        return allowed
+    start_bq = p.document_start_bk[:, position_q]
+    return allowed & (p.position_k >= start_bq[:, None, :, None])
 
 
 def weights(problem: Problem) -> tuple[Tensor, Tensor | None]:
@@ -141,14 +153,14 @@ def _weights(p: Problem, query_bhqd: Tensor, position_q: Tensor) -> tuple[Tensor
     if p.position_bias is not None:
         distance = position_q[:, None] - p.position_k[None, :]
         score = score + p.position_bias.function(distance, p.heads, p.position_parameters)
-    allowed = allowed_qk(position_q, p.position_k, p.spec.window, p.prefix)
+    allowed = allowed_keys(p, position_q)
     if p.visible is not None:
         allowed = allowed & p.visible(position_q[:, None], p.position_k[None, :])
     slot = p.spec.extra_slot
     if slot is None:
         return p.spec.output_scale * _rule(p, score, allowed), None
     slot_score = _products(p, query_bhqd, per_kv_head(p, p.parameters[slot.key]).to(query_bhqd.dtype))
-    allowed = torch.cat([allowed, allowed.new_ones(allowed.shape[0], 1)], -1)
+    allowed = torch.cat([allowed, allowed.new_ones(*allowed.shape[:-1], 1)], -1)
     weight = p.spec.output_scale * _rule(p, torch.cat([score, slot_score], -1), allowed)
     return weight[..., :-1], weight[..., -1]
 

@@ -18,7 +18,7 @@ from sinkbench.attention.flash import Kernel, More, Scores, fused, mix, softmax,
 from sinkbench.attention.flash_torch import has_kernel, kernel_for
 from sinkbench.attention.reference import (
     Problem,
-    allowed_qk,
+    allowed_keys,
     parameter_or_constant,
     per_kv_head,
     scaled_and_biased,
@@ -42,16 +42,18 @@ def has_more(spec: AttentionSpec) -> bool:
     )
 
 
-def needs_mask(spec: AttentionSpec, *, bias: bool, prefix: bool, has_kernel: bool) -> bool:
+def needs_mask(spec: AttentionSpec, *, bias: bool, prefix: bool, documents: bool, has_kernel: bool) -> bool:
     """Whether torch's kernels compute it with a mask of T x T only.
 
     Args:
         bias: there is a position bias.
         prefix: the first positions see one another.
+        documents: a query sees its own document only.
         has_kernel: whether there is a flash kernel, with a window if the declaration has one.
     """
     windowed = spec.window is not None
-    return bias or (windowed and (prefix or not has_kernel)) or (has_more(spec) and not has_kernel)
+    without_kernel = not has_kernel and (windowed or has_more(spec))
+    return bias or documents or (windowed and prefix) or without_kernel
 
 
 def run(p: Problem) -> Tensor:
@@ -60,8 +62,14 @@ def run(p: Problem) -> Tensor:
     query = p.query_bhqd
     half = query.dtype in (torch.bfloat16, torch.float16)
     kernel = has_kernel(query.device.type, query.shape[-1], half, p.spec.window is not None)
-    bias, more = p.position_bias is not None, has_more(p.spec)
-    masked = not p.aligned or needs_mask(p.spec, bias=bias, prefix=p.prefix > 0, has_kernel=kernel)
+    more = has_more(p.spec)
+    masked = not p.aligned or needs_mask(
+        p.spec,
+        bias=p.position_bias is not None,
+        prefix=p.prefix > 0,
+        documents=p.document_start_bk is not None,
+        has_kernel=kernel,
+    )
     if masked:
         output = _masked_with_more(p) if more else _attend(p, p.key_bgkd, p.value_bgkd, _mask(p), False)
     elif more or p.spec.window is not None or (p.prefix and kernel):
@@ -102,13 +110,15 @@ def _attend(p: Problem, key_bgkd: Tensor, value_bgkd: Tensor, mask: Tensor | Non
 
 
 def _mask(p: Problem) -> Tensor:
-    """Bool [q, k], or with a position bias the bias [1, h, q, k] with -inf where masked."""
-    allowed = allowed_qk(p.position_q, p.position_k, p.spec.window, p.prefix)
+    """Bool [1, 1, q, k], or with a position bias the bias [1, h, q, k] with -inf where masked; with documents
+    for each sequence [b, ...]."""
+    allowed = allowed_keys(p, p.position_q)
+    allowed = allowed if allowed.dim() == 4 else allowed[None, None]
     if p.position_bias is None:
         return allowed
     distance = p.position_q[:, None] - p.position_k[None, :]
     bias = p.position_bias.function(distance, p.heads, p.position_parameters)
-    return bias.masked_fill(~allowed, float("-inf")).to(p.query_bhqd.dtype)[None]
+    return bias[None].masked_fill(~allowed, float("-inf")).to(p.query_bhqd.dtype)
 
 
 def with_more(p: Problem, output: Tensor, lse: Tensor) -> Tensor:
@@ -165,8 +175,8 @@ def _masked_with_more(p: Problem) -> Tensor:
         scores.append(logit)
     mask = _mask(p)
     if mask.dtype == torch.bool:
-        mask = p.query_bhqd.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))[None, None]
-    first = torch.cat(scores, -1)[None, :, None].expand(-1, -1, length, -1)
+        mask = p.query_bhqd.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    first = torch.cat(scores, -1)[None, :, None].expand(len(mask), -1, length, -1)
     mask = torch.cat([first, mask.expand(-1, heads, -1, -1)], -1)
     return _attend(p, torch.cat([*keys, p.key_bgkd], 2), torch.cat([*values, p.value_bgkd], 2), mask, False)
 

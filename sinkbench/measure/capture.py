@@ -154,7 +154,11 @@ class LayerWeights:
         batch, heads, length, head_size = problem.query_bhqd.shape
         if batch * heads * length**2 <= HELD_WEIGHTS:
             self._held, slot = self._computed(0, length - leading)
-        elif problem.query_bhqd.is_cuda and not importance.missing(problem.spec, head_size):
+        elif (
+            problem.query_bhqd.is_cuda
+            and problem.document_start_bk is None
+            and not importance.missing(problem.spec, head_size)
+        ):
             self._sums = WeightSums(problem, leading)
             self.key_sums = self._summed
             slot = self._sums.slot_bhq

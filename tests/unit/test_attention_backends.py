@@ -180,9 +180,15 @@ def results(p: Problem, run: Callable[[Problem], Tensor]) -> dict[str, Tensor]:
     return {"output": output.detach(), **dict(zip(inputs, zeros, strict=True))}
 
 
-def compare(p: Problem, backend: str, tolerance: float, floor: float = 1e-6) -> None:
+def compare(
+    p: Problem,
+    backend: str,
+    tolerance: float,
+    floor: float = 1e-6,
+    truth: Callable[[Problem], Tensor] = reference.attend,
+) -> None:
     """Relative errors of whole tensors, in which an element of the size of ``floor`` counts as nothing."""
-    expected = results(in_float64(p), reference.attend)
+    expected = results(in_float64(p), truth)
     for name, value in results(p, RUN[backend]).items():
         wanted = expected[name]
         assert value.isfinite().all(), name
@@ -318,11 +324,11 @@ def test_blocks_of_the_mask(length: int, window: int | None, prefix: int) -> Non
     assert torch.equal(whole[0, 0], reference.allowed_qk(position, position, window, prefix))
     expected = flex_attention.create_block_mask(mask.mask_mod, None, None, length, length, "cpu", flex.BLOCK)
     for kind in ("kv", "full_kv", "q", "full_q"):
-        assert _blocks(mask, kind) == _blocks(expected, kind)
+        assert blocks_of(mask, kind) == blocks_of(expected, kind)
 
 
-def _blocks(mask: flex_attention.BlockMask, kind: str) -> list[list[int]]:
-    counts, indices = getattr(mask, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_indices")[0, 0]
+def blocks_of(mask: flex_attention.BlockMask, kind: str, row: int = 0) -> list[list[int]]:
+    counts, indices = getattr(mask, f"{kind}_num_blocks")[row, 0], getattr(mask, f"{kind}_indices")[row, 0]
     return [row[:count].tolist() for count, row in zip(counts, indices, strict=True)]
 
 
