@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class LayerParts:
     ffn: bool
     parallel_residual: bool = False
     fused: bool = False
-    """norms with the residual addition before them, activations, and rotation are compiled."""
+    """norms with the residual addition before them, also that of the layer before, activations, and rotation
+    are compiled."""
 
 
 def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> torch.nn.Module:
@@ -99,6 +101,11 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
 
     pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))). With a parallel residual both
     read the same x.
+
+    Fused, with norms before the sublayers, a layer's last addition is one kernel with the norm that the next
+    layer begins with, and so is their gradient: four passes over the residual stream forward and four
+    backward, where apart they are five and six. The layer returns the sum all the same, for whatever else
+    reads or changes it; what it has normed waits at the next layer, see ``read_ahead``.
     """
 
     def __init__(
@@ -119,6 +126,9 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         self.attention = SelfAttention(
             config, submodules.attention, self.layer_number, pg_collection, submodules.fused
         )
+        self._next: tuple[Layer, ...] = ()  # a tuple, since it is no part of this layer
+        self._ahead: tuple[Tensor, Tensor] | None = None
+        """Hidden states, and what the first sublayer reads of them."""
         self.to_next_stage: FirstValue | None = None
         """Set on the last layer of a stage whose followers need the values of layer 1."""
         linears = MLPSubmodules(
@@ -162,11 +172,13 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         if self.parallel_residual:
             added = self._after_norm(hidden_states, attention, "attention")
             hidden_states = hidden_states + added + self._after_norm(hidden_states, self._mlp, "mlp")
-        elif self.location == "pre" and self.mlp is not None:
-            added = self._after_norm(hidden_states, attention, "attention")
-            norm = self.norms["mlp_input"]
-            hidden_states, read = self._fuse(sum_and_normed)(norm, hidden_states, added)
-            hidden_states = hidden_states + self._dropout(self._mlp(read))
+        elif self.location == "pre":
+            added = self._dropout(attention(self._first_read(hidden_states)))
+            if self.mlp is not None:
+                norm = self.norms["mlp_input"]
+                hidden_states, read = self._fuse(sum_and_normed)(norm, hidden_states, added)
+                added = self._dropout(self._mlp(read))
+            hidden_states = self._last_sum(hidden_states, added)
         else:
             hidden_states = self._around(hidden_states, attention, "attention")
             if self.mlp is not None:
@@ -183,16 +195,29 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         return biased
 
     def _around(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
-        after = f"{name}_output"
+    def _first_read(self, x: Tensor) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        # A hook may have put other hidden states in the place of those that the layer before returned.
+        if ahead is not None and ahead[0] is x:
+            return ahead[1]
+        read: Tensor = self._fuse(normed)(self.norms["attention_input"], x)
+        return read
+
+    def _last_sum(self, x: Tensor, added: Tensor) -> Tensor:
+        if not self._next:
+            return x + added
+        (following,) = self._next
+        x, read = self._fuse(sum_and_normed)(following.norms["attention_input"], x, added)
+        following._ahead = (x, read)
+        return x
+
+        """Norms after the sublayer."""
+        norm = self.norms[f"{name}_output"]
         result: Tensor
         if self.location == "post":
-            result = self._fuse(sum_normed)(self.norms[after], x, self._dropout(sublayer(x)))
-            return result
-        added = self._after_norm(x, sublayer, name)
-        if self.location == "sandwich":
-            result = self._fuse(sum_with_normed)(self.norms[after], x, added)
+            result = self._fuse(sum_normed)(norm, x, self._dropout(sublayer(x)))
         else:
-            result = x + added
+            result = self._fuse(sum_with_normed)(norm, x, self._after_norm(x, sublayer, name))
         return result
 
     def _after_norm(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
@@ -207,6 +232,15 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
 
 
 def layer_specs(parts: LayerParts, count: int) -> TransformerBlockSubmodules:
+def read_ahead(layers: Iterable[Layer]) -> None:
+    """Lets each of a stage's layers norm its sum for the one after it, where one kernel does both. Not where
+    a layer is computed again in the backward pass: that knows of a layer's arguments alone."""
+    for layer, following in pairwise(layers):
+        apart = layer.parallel_residual or layer.config.recompute_granularity == "full"
+        if layer.fused and layer.location == "pre" and not apart:
+            layer._next = (following,)
+
+
     """What TransformerBlock builds its layers from."""
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=Layer, submodules=parts)] * count, layer_norm=None

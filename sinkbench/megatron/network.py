@@ -24,7 +24,7 @@ from sinkbench.api import Batch, LossSpec, PositionalSpec
 from sinkbench.attention import reference
 from sinkbench.megatron.first_value import FirstValue
 from sinkbench.megatron.initialise import seeded
-from sinkbench.megatron.layer import LayerParts, layer_specs, make_norm
+from sinkbench.megatron.layer import LayerParts, layer_specs, make_norm, read_ahead
 from sinkbench.megatron.sequence import local_positions
 from sinkbench.megatron.vocabulary_loss import Setting, token_losses
 
@@ -151,6 +151,7 @@ class Network(LanguageModule):  # type: ignore[misc]
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+        read_ahead(self.decoder.layers)
         if not post_process:
             self.decoder.layers[-1].to_next_stage = self.carried
         if post_process:

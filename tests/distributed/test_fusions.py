@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,8 +20,10 @@ POST = ("model.normalization={name: layernorm, location: post}", "model={ffn: re
 PARALLEL = ("model={parallel_residual: true, tie_embeddings: true, ffn: reglu}",)
 
 
-def trained(overrides: Sequence[str], z_loss: float = 0.0) -> tuple[list[float], list[float], list[Tensor]]:
-    """Losses, gradient norms, and this rank's weights after a few steps."""
+def trained(
+    overrides: Sequence[str], z_loss: float = 0.0, hook: Callable[[Any], None] = lambda engine: None
+) -> tuple[list[float], list[float], list[Tensor]]:
+    """Losses, gradient norms, and this rank's weights after a few steps of an engine that has hooks."""
     from dataclasses import replace
 
     from sinkbench.data.source import open_source
@@ -35,6 +37,7 @@ def trained(overrides: Sequence[str], z_loss: float = 0.0) -> tuple[list[float],
     declared = replace(declared, loss=replace(declared.loss, z_loss=z_loss))
     place = parallel.start(config)
     engine = Engine(config, build_stages(config, declared, place), place)
+    hook(engine)
     losses, norms, share = [], [], BATCH // place.data_size
     for step in range(STEPS):
         tokens = torch.from_numpy(source.sequences(step * BATCH + place.data_rank * share, share)["tokens"])
@@ -97,6 +100,52 @@ def test_the_sum_of_gradients_without_the_fused_loss(run_distributed: RunDistrib
 ))])  # fmt: skip
 def test_norms_and_activations(run_distributed: RunDistributed, form: tuple[str, ...]) -> None:
     compare(run_distributed, "", form, "[layer]", 1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norms_of_the_next_layer(run_distributed: RunDistributed, layout: str) -> None:
+    compare(run_distributed, layout, PRE, "[layer]", 1e-5)
+
+
+def rank_looks_ahead(rank: int, world_size: int, overrides: Sequence[str]) -> set[int]:
+    """The layers that find what they read. A hook changes what the second one returns, which no layer may
+    miss."""
+    found: set[int] = set()
+
+    def watch(layer: Any, arguments: Any) -> None:
+        if layer._ahead is not None:
+            found.add(layer.layer_number)
+
+    def change(layer: Any, arguments: Any, output: Any) -> Any:
+        hidden, context = output
+        return hidden.flip(-1), context
+
+    def hook(engine: Any) -> None:
+        layers = engine.networks[0].decoder.layers
+        layers[1].register_forward_hook(change)
+        for layer in layers:
+            layer.register_forward_pre_hook(watch)
+
+    plain = trained((*TINY, *overrides, "train.fused=[]"), hook=hook)
+    assert not found
+    other = trained((*TINY, *overrides, "train.fused=[layer]"), hook=hook)
+    torch.testing.assert_close(other[0], plain[0], rtol=1e-5, atol=0)
+    return found
+
+
+@pytest.mark.parametrize(("form", "ahead"), [
+    (PRE, {2, 3, 4}),
+    pytest.param((*PRE, "model.ffn=none"), {2, 3, 4}, marks=pytest.mark.full),
+    pytest.param((*PRE, "train.recompute=full"), set(), marks=pytest.mark.full),
+    pytest.param(SANDWICH, set(), marks=pytest.mark.full),
+    pytest.param(PARALLEL, set(), marks=pytest.mark.full),
+])  # fmt: skip
+def test_a_layer_norms_for_the_next_one(
+    run_distributed: RunDistributed, form: tuple[str, ...], ahead: set[int]
+) -> None:
+    (found,) = run_distributed(1, rank_looks_ahead, form, timeout=280)
+    assert found == ahead
 
 
 def rank_counts_graphs(rank: int, world_size: int) -> dict[str, int]:
