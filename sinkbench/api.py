@@ -464,7 +464,8 @@ Batch: TypeAlias = "dict[str, Tensor]"
 """tokens_bs int64. A data source gives s = seq_length + 1 tokens; a loss's transform gives
 ``tokens`` and ``targets`` of seq_length, and ``weights`` float32 of the same shape. Other entries
 ride along: ``trigger`` bool of Bigram-Backcopy; ``loss_mask`` bool of chat data, true for the tokens of
-responses."""
+responses; under data.document_mask ``document_start`` int32, at which position each position's document
+begins, which attention has from the data, whatever a transform makes of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

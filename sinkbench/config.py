@@ -222,6 +222,8 @@ class IndexedConfig(Section):
     """instead of train: what to prepare on first use."""
     unique_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """share of the training sequences of each folder that is used, repeated as often as the steps need."""
+    document_mask: bool = False
+    """tokens see those of their own document only, where a sequence holds parts of several."""
     transforms: list[PluginRef] = []
 
     @field_validator("validation", mode="before")
@@ -453,6 +455,11 @@ class Config(Section):
                 f"{self.train.steps}; lower it"
             )
         return self
+
+
+def has_document_mask(config: Config) -> bool:
+    """Whether tokens see those of their own document only."""
+    return isinstance(config.data, IndexedConfig) and config.data.document_mask
 
 
 def padded_vocab_size(vocab_size: int) -> int:

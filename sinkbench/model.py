@@ -15,7 +15,7 @@ from sinkbench.api import (
     PositionalSpec,
 )
 from sinkbench.attention.backends import Backend, Use, choose
-from sinkbench.config import Config, padded_vocab_size
+from sinkbench.config import Config, has_document_mask, padded_vocab_size
 from sinkbench.errors import PluginError, RecipeError
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
         _check_parallel_residual(normalization)
     positional = _built(resolved.positional, context, PositionalSpec)
     loss = _built(resolved.loss, context, LossSpec)
+    if has_document_mask(config):
+        _check_documents(attention, loss)
     return Declarations(
         context=context,
         attention=attention,
@@ -107,6 +109,7 @@ def _use(config: Config, positional: PositionalSpec, loss: LossSpec) -> Use:
         position_bias=positional.score_bias is not None,
         learned_bias=positional.score_bias is not None and bool(positional.score_bias.parameters),
         prefix=loss.bidirectional_prefix > 0,
+        documents=has_document_mask(config),
         half=config.train.precision == "bf16",
         deterministic=config.train.deterministic,
     )
@@ -119,6 +122,18 @@ def _check_sink_token(config: Config) -> None:
             "a sink token makes the sequence one longer, which sequence and context parallelism cannot split",
             "set parallel.sequence: false and parallel.context: 1",
         )
+
+
+def _check_documents(attention: AttentionSpec, loss: LossSpec) -> None:
+    """A prefix, and a sink token, are of a sequence and not of each of its documents."""
+    lacks = {
+        f"a prefix of {loss.bidirectional_prefix} positions that see one another": loss.bidirectional_prefix,
+        "a sink token in front of the sequence": attention.sink_token,
+    }
+    for what, there in lacks.items():
+        if there:
+            problem = f"does not go together with {what}"
+            raise RecipeError("data.document_mask", problem, "write false, or leave that out")
 
 
 def _check_parallel_residual(normalization: NormalizationSpec) -> None:

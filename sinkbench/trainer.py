@@ -283,10 +283,15 @@ class Trainer:
                 yield [self._ready(next(loader)) for _ in range(share // self.micro_batch)]
 
     def _ready(self, batch: Batch) -> Batch:
+        """As the model takes it. Where documents begin is no plugin's affair: none may lose the mask."""
         batch = {name: x.to(self.layout.device, non_blocking=True) for name, x in batch.items()}
+        document_start = batch.get("document_start")
         for change in self.declared.transforms:
             batch = change.transform(batch)
-        return self.declared.loss.transform(batch)
+        batch = self.declared.loss.transform(batch)
+        if document_start is None:
+            return batch
+        return batch | {"document_start": document_start[:, : self.config.model.seq_length].contiguous()}
 
     def _validate(self, step: int) -> None:
         """Token loss of each held-out domain, and over all of them."""

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -60,6 +60,11 @@ class Chunks:
         self._chunks = tokens[: self.count * size].reshape(self.count, size)
         self._masks = None if mask is None else mask[: self.count * size].reshape(self.count, size)
 
+    @cached_property
+    def _ends(self) -> npt.NDArray[np.int64]:
+        """Of the documents, in tokens of the stream."""
+        return np.cumsum(self._lengths)
+
     @property
     def masked(self) -> bool:
         return self._masks is not None
@@ -76,10 +81,20 @@ class Chunks:
 
     def documents(self, number: int) -> tuple[int, int]:
         """The first and last document, counted from 0, that a chunk holds tokens of."""
-        ends = np.cumsum(self._lengths)
         size = self._chunks.shape[1]
-        first, last = np.searchsorted(ends, [number * size, (number + 1) * size - 1], side="right")
+        first, last = np.searchsorted(self._ends, [number * size, (number + 1) * size - 1], side="right")
         return int(first), int(last)
+
+    def document_starts(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+        """At which position of its chunk each token's document begins, [len(numbers), size]; 0 for one that
+        began in an earlier chunk."""
+        size = self._chunks.shape[1]
+        starts = np.zeros((len(numbers), size), np.int32)
+        for row, number in zip(starts, numbers.tolist(), strict=True):
+            first, last = np.searchsorted(self._ends, [number * size, (number + 1) * size - 1], side="right")
+            begins = self._ends[first:last] - number * size
+            row[begins] = begins
+        return np.maximum.accumulate(starts, axis=1)
 
     def window(self, offset: int, length: int) -> npt.NDArray[np.int64]:
         return self._tokens[offset : offset + length].astype(np.int64)
@@ -226,6 +241,7 @@ class IndexedSource:
         vocab_size: int,
         fingerprint: str,
         tokenizer: Path,
+        document_mask: bool = False,
     ) -> None:
         self.seq_length = seq_length
         self.vocab_size = vocab_size
@@ -234,6 +250,7 @@ class IndexedSource:
         self.domains: tuple[str, ...] = tuple(validation)
         self._train = train
         self._validation = validation
+        self._document_mask = document_mask
         self._masked = any(c.masked for c in (*(part.chunks for part in train.parts), *validation.values()))
 
     @classmethod
@@ -262,17 +279,30 @@ class IndexedSource:
             vocab_size=folders[0].manifest.tokenizer.vocab_size,
             fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
             tokenizer=folders[0].path / folders[0].manifest.tokenizer.path,
+            document_mask=config.document_mask,
         )
 
     def sequences(self, start: int, count: int) -> Arrays:
-        """``tokens``, and ``loss_mask`` where any folder holds dialogues."""
-        tokens = np.empty((count, self.seq_length + 1), np.int64)
-        mask = np.empty(tokens.shape, bool)
+        """``tokens``, ``loss_mask`` where any folder holds dialogues, and with a document mask
+        ``document_start``."""
+        shape = (count, self.seq_length + 1)
+        arrays: Arrays = {"tokens": np.empty(shape, np.int64)}
+        if self._masked:
+            arrays["loss_mask"] = np.empty(shape, bool)
+        if self._document_mask:
+            arrays["document_start"] = np.empty(shape, np.int32)
         for own, chunks, numbers in self._train.located(np.arange(start, start + count)):
-            tokens[own] = chunks.rows(numbers)
-            if self._masked:
-                mask[own] = chunks.masks(numbers)
-        return {"tokens": tokens} | ({"loss_mask": mask} if self._masked else {})
+            for name, rows in self._read(chunks, numbers).items():
+                arrays[name][own] = rows
+        return arrays
+
+    def _read(self, chunks: Chunks, numbers: npt.NDArray[np.int64]) -> Arrays:
+        arrays: Arrays = {"tokens": chunks.rows(numbers)}
+        if self._masked:
+            arrays["loss_mask"] = chunks.masks(numbers)
+        if self._document_mask:
+            arrays["document_start"] = chunks.document_starts(numbers)
+        return arrays
 
     def sequence(self, index: int) -> Arrays:
         return {name: rows[0] for name, rows in self.sequences(index, 1).items()}
@@ -288,16 +318,14 @@ class IndexedSource:
         order = _permutation(chunks.count, _EVERY_RUN)
 
         def read(start: int, count: int) -> Arrays:
-            numbers = order[start : start + count]
-            masks = {"loss_mask": chunks.masks(numbers)} if self._masked else {}
-            return {"tokens": chunks.rows(numbers)} | masks
+            return self._read(chunks, order[start : start + count])
 
         return HeldOut(chunks.count, read)
 
     def probe(self, count: int, length: int) -> Arrays:
         """The first ``length`` tokens of held-out documents that are longer, domains in turn. Where
         there are fewer such documents than ``count``, their later stretches follow; none crosses the
-        end of a document, and none overlaps another."""
+        end of a document, and none overlaps another: a document mask would change nothing."""
         offsets = [chunks.window_offsets(length) for chunks in self._validation.values()]
         found = sum(map(len, offsets))
         if found < count:

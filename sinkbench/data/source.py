@@ -18,7 +18,8 @@ from sinkbench.config import BigramBackcopyConfig, Config
 from sinkbench.errors import DataError
 
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
-"""``tokens`` int64, and what else the source knows of each position (``trigger`` bool)."""
+"""``tokens`` int64, and what else the source knows of each position (``trigger`` bool; under
+data.document_mask ``document_start`` int32, at which position each position's document begins)."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Recorder:
         self.micro_batches = micro_batches
         self.layout = layout
         self._observed: dict[int, list[dict[str, Observation]]] = {}
-        self._core_inputs: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._core_inputs: dict[int, tuple[Any, ...]] = {}
 
     @contextmanager
     def attached(self, networks: Sequence[Any]) -> Iterator[None]:
@@ -59,7 +59,7 @@ class Recorder:
                 handle.remove()
 
     def _core_hook(self, layer: Any) -> Any:
-        def hook(module: Any, inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+        def hook(module: Any, inputs: tuple[Any, ...]) -> None:
             self._core_inputs[layer.layer_number] = inputs
 
         return hook
@@ -67,10 +67,10 @@ class Recorder:
     def _layer_hook(self, layer: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         number = layer.layer_number
         seen = self._observed.setdefault(number, [])
-        query, key, value = self._core_inputs.pop(number)
+        query, key, value, document_start = self._core_inputs.pop(number)
         core = layer.attention.core
         first = int(core.parts.spec.sink_token)
-        weights = LayerWeights(self._problem(core, query, key, value), first, self._all_heads)
+        weights = LayerWeights(self._problem(core, query, key, value, document_start), first, self._all_heads)
         output_sbn = output[0][..., : layer.config.hidden_size]  # values for the next stage may follow
         capture = LayerCapture(
             layer=number,
@@ -86,11 +86,11 @@ class Recorder:
         )
         seen.append({name: metric.observe(capture) for name, metric in self.metrics.items()})
 
-    def _problem(self, core: Any, query: Tensor, key: Tensor, value: Tensor) -> Problem:
+    def _problem(self, core: Any, *inputs: Any) -> Problem:
         """The attention of this rank's heads at all positions."""
         from sinkbench.megatron.sequence import gather_context
 
-        problem: Problem = core.problem(query, key, value)
+        problem: Problem = core.problem(*inputs)
         whole = gather_context(problem.query_bhqd, self.layout.groups.cp, 2)
         return replace(problem, query_bhqd=whole, position_q=problem.position_k, aligned=True)
 

@@ -1,6 +1,7 @@
 """Self-attention and its core on megatron's tensor and context parallelism, from a declaration.
 
-Shapes: s local position, b sequence, h local head, g local kv head, d head size, n hidden size.
+Shapes: s local position, k position of the whole sequence, b sequence, h local head, g local kv head, d head
+size, n hidden size.
 """
 
 from __future__ import annotations
@@ -98,8 +99,18 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
         """Declared parameters of the attention, as this rank's heads use them."""
         return self._parameters_for_heads({name: self.declared[name] for name in names})
 
-    def problem(self, query_sbhd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor) -> Problem:
-        """This rank's part of the attention: its queries, the keys and values of all positions."""
+    def problem(
+        self,
+        query_sbhd: Tensor,
+        key_sbgd: Tensor,
+        value_sbgd: Tensor,
+        document_start_bk: Tensor | None = None,
+    ) -> Problem:
+        """This rank's part of the attention: its queries, the keys and values of all positions.
+
+        Args:
+            document_start_bk: of all positions, as in ``Problem``.
+        """
         cp, device = self.cp_group.size(), query_sbhd.device
         position_q = local_positions(query_sbhd.shape[0] * cp, self.cp_group, device)
         position_k = position_q
@@ -123,11 +134,19 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             position_bias=self.parts.position_bias,
             position_parameters=self._parameters_for_heads(self.position_declared),
             prefix=self.parts.prefix,
+            document_start_bk=document_start_bk,
         )
 
-    def forward(self, query_sbhd: Tensor, key_sbgd: Tensor, value_sbgd: Tensor) -> Tensor:
+    def forward(
+        self,
+        query_sbhd: Tensor,
+        key_sbgd: Tensor,
+        value_sbgd: Tensor,
+        document_start_bk: Tensor | None = None,
+    ) -> Tensor:
         """Returns [s, b, h, d]."""
-        output_bhsd = self.parts.backend.run(self.problem(query_sbhd, key_sbgd, value_sbgd))
+        problem = self.problem(query_sbhd, key_sbgd, value_sbgd, document_start_bk)
+        output_bhsd = self.parts.backend.run(problem)
         return output_bhsd.permute(2, 0, 1, 3)
 
     def sharded_state_dict(
@@ -217,7 +236,11 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         )
 
     def forward(
-        self, hidden_sbn: Tensor, rotary: Tensor | None, first_value: Tensor | None = None
+        self,
+        hidden_sbn: Tensor,
+        rotary: Tensor | None,
+        first_value: Tensor | None = None,
+        document_start_bk: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden [s, b, n] (sequence parallel: this rank's share) -> the same shape, and the values of layer
         1 for the next layer, if the attention uses them.
@@ -225,6 +248,7 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         Args:
             rotary: cosine and sine of the local positions, [2, s, r/2], or None.
             first_value: the values of layer 1 [s, b, g, d], for layers after it.
+            document_start_bk: of all positions, as in ``Problem``.
         """
         mixed, _ = self.linear_qkv(hidden_sbn)
         if self.fused and self.transform is None and rotary is not None:
@@ -242,9 +266,11 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
                 cos, sin = rotary[:, :, None, None]
                 query, key = self.rotate(query, cos, sin), self.rotate(key, cos, sin)
         if self.recompute_core and self.training:
-            attended: Tensor = tensor_parallel.checkpoint(self.core, False, query, key, value)
+            attended: Tensor = tensor_parallel.checkpoint(
+                self.core, False, query, key, value, document_start_bk
+            )
         else:
-            attended = self.core(query, key, value)
+            attended = self.core(query, key, value, document_start_bk)
         if self.gate is not None:
             attended = attended * self._factor(self.gate, hidden_sbn)
         if isinstance(self.linear_proj, SummedProjection):

@@ -153,20 +153,21 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: None = None,
+        attention_mask: Tensor | None = None,
         context: Tensor | None = None,
         rotary_pos_emb: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """hidden_states [s, b, n] -> the same shape. TransformerBlock passes more arguments than a
-        decoder needs; masks follow from positions. What it carries from layer to layer for
+        decoder needs; masks follow from positions, but for documents: ``attention_mask`` is where that of
+        each position begins, int32 [b, s] of the whole sequence. What it carries from layer to layer for
         cross-attention carries the values of layer 1 here."""
         first_value = context
 
         def attention(x: Tensor) -> Tensor:
             nonlocal first_value
             attended: Tensor
-            attended, first_value = self.attention(x, rotary_pos_emb, first_value)
+            attended, first_value = self.attention(x, rotary_pos_emb, first_value, attention_mask)
             return attended
 
         if self.parallel_residual:
@@ -194,7 +195,6 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         biased: Tensor = output if bias is None else output + bias
         return biased
 
-    def _around(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
     def _first_read(self, x: Tensor) -> Tensor:
         ahead, self._ahead = self._ahead, None
         # A hook may have put other hidden states in the place of those that the layer before returned.
@@ -211,6 +211,7 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         following._ahead = (x, read)
         return x
 
+    def _around(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
         """Norms after the sublayer."""
         norm = self.norms[f"{name}_output"]
         result: Tensor
@@ -231,7 +232,6 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         return torch.nn.functional.dropout(x, probability, self.training) if probability else x
 
 
-def layer_specs(parts: LayerParts, count: int) -> TransformerBlockSubmodules:
 def read_ahead(layers: Iterable[Layer]) -> None:
     """Lets each of a stage's layers norm its sum for the one after it, where one kernel does both. Not where
     a layer is computed again in the backward pass: that knows of a layer's arguments alone."""
@@ -241,6 +241,7 @@ def read_ahead(layers: Iterable[Layer]) -> None:
             layer._next = (following,)
 
 
+def layer_specs(parts: LayerParts, count: int) -> TransformerBlockSubmodules:
     """What TransformerBlock builds its layers from."""
     return TransformerBlockSubmodules(
         layer_specs=[ModuleSpec(module=Layer, submodules=parts)] * count, layer_norm=None

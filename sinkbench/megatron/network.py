@@ -197,7 +197,7 @@ class Network(LanguageModule):  # type: ignore[misc]
         first_value, self._first_value = self._first_value, None
         hidden: Tensor = self.decoder(
             hidden_states=embedded,
-            attention_mask=None,
+            attention_mask=batch.get("document_start"),
             context=first_value,
             rotary_pos_emb=self._rotation(place),
         )

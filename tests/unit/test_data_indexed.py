@@ -92,6 +92,32 @@ def test_a_sequence_depends_on_its_index_alone(folder: Path) -> None:
     assert source.sequences(0, 2)["tokens"].dtype == np.int64
 
 
+def test_documents_of_a_sequence(tmp_path: Path) -> None:
+    """From the documents' lengths and not from tokens: an EOS may stand within one, as in dialogues."""
+    texts = [[*range(1, 13)], [], [], [20, EOS, 21], [30], [*range(40, 60)]]
+    folder = write_folder(tmp_path / "a", texts)
+    source = open_folders(folder, document_mask=True)
+    owners = np.repeat(np.arange(len(texts)), [len(text) + 1 for text in texts])
+    expected = {}
+    for at in range(0, len(owners) - SIZE + 1, SIZE):
+        owner = owners[at : at + SIZE].tolist()
+        expected[tuple(stream(texts)[at : at + SIZE])] = [owner.index(document) for document in owner]
+    found = source.sequences(0, 2 * len(expected))
+    assert found["document_start"].dtype == np.int32
+    for tokens, starts in zip(found["tokens"].tolist(), found["document_start"].tolist(), strict=True):
+        assert starts == expected[tuple(tokens)]
+    np.testing.assert_array_equal(source.sequence(3)["document_start"], found["document_start"][3])
+    assert "document_start" not in open_folders(folder).sequence(3)
+
+
+def test_documents_of_held_out_sequences(folder: Path) -> None:
+    held_out = open_folders(folder, document_mask=True).validation("news")
+    starts = held_out.sequences(0, 4)["document_start"]
+    assert starts.shape == (4, SIZE)
+    assert (starts <= np.arange(SIZE)).all()
+    assert starts.any()
+
+
 def test_blend_follows_the_weights_and_shuffles_each_folder(tmp_path: Path) -> None:
     texts = {name: documents(first, [99]) for name, first in (("a", 1), ("b", 200), ("c", 400))}
     for name, text in texts.items():
