@@ -62,8 +62,11 @@ FIXED = {
         128: Tiles(128, 64, 8, 3),
         256: Tiles(64, 32, 8, 1),
     },
+    "linear": {128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
+    "linear gradients": {128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
-"""By kernel and largest head size, as measured for sigmoid on an H100 (benchmarks/attention.py)."""
+"""By kernel and largest head size, as measured for sigmoid on an H100 (benchmarks/attention.py); those of
+kernel attention, which takes positions of a chunk and features at a time, by what the compiler spills."""
 
 FIXED_WITH_SLOPE = {
     "forward": Tiles(128, 32, 4, 3),
@@ -91,6 +94,7 @@ CANDIDATES = {
         Tiles(128, 128, 8, 2),
         Tiles(128, 32, 4, 3),
         Tiles(64, 64, 4, 3),
+        Tiles(64, 32, 4, 3),
     ),
     "keys": (
         Tiles(64, 64, 4, 3),
@@ -105,6 +109,13 @@ CANDIDATES = {
         Tiles(64, 32, 4, 3),
         Tiles(128, 64, 8, 3),
         Tiles(128, 32, 8, 3),
+    ),
+    "linear": (Tiles(64, 128, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2), Tiles(128, 128, 8, 2)),
+    "linear gradients": (
+        Tiles(64, 128, 4, 2),
+        Tiles(64, 32, 4, 3),
+        Tiles(128, 64, 8, 2),
+        Tiles(128, 128, 8, 2),
     ),
 }
 """What is tried beside the fixed sizes, for head sizes up to 128: few, since each is compiled for seconds."""
@@ -121,9 +132,9 @@ _chosen: dict[tuple[Any, ...], Tiles] = {}
 
 def fixed(kernel: str, head_size: int, dtype: torch.dtype, position: int = 0) -> Tiles:
     """The sizes that are not tuned; ``position`` as in the kernels."""
-    if dtype != torch.float32 and position == 1 and head_size <= 96:
+    if dtype != torch.float32 and position == 1 and head_size <= 96 and kernel in FIXED_WITH_SLOPE:
         return FIXED_WITH_SLOPE[kernel]
-    if dtype != torch.float32 and position == 2 and head_size <= 128:
+    if dtype != torch.float32 and position == 2 and head_size <= 128 and kernel in FIXED_WITH_TABLE:
         return FIXED_WITH_TABLE[kernel]
     by_size = FIXED_FLOAT32 if dtype == torch.float32 else FIXED[kernel]
     return by_size[min(size for size in by_size if size >= head_size)]

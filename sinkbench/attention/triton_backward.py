@@ -8,28 +8,32 @@ import triton.language as tl
 from sinkbench.attention.triton_blocks import (
     add_position,
     at_rows,
+    distance_of,
     dot,
     far_keys,
     far_queries,
     key_range,
-    load_log_sum,
     load_position,
     load_rows,
+    look_up,
     query_range,
+    rows_of,
     visible,
 )
 
 
 @triton.jit
 def divide_gradient(
-    do_ptr, o_ptr, r_ptr, out_ptr, delta_ptr,
+    do_ptr, o_ptr, r_ptr, dlse_ptr, out_ptr, delta_ptr, lse_ptr,
     stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot,
     stride_outb, stride_outh, stride_outt, heads, length,
-    NORMALIZE: tl.constexpr, WIDE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dO / r, which stands for dO in the rest of the backward pass, and D = sum_d (dO / r) O. For
-    r = max(|z|, 1), D comes with the derivative sign(z) [|z| > 1]. For a softmax dO stays as it is, and D is
-    less the gradient of the logarithm of the sum, which is what ``r_ptr`` holds then."""
+    r = max(|z|, 1), D comes with the derivative sign(z) [|z| > 1]. For a softmax dO stays as it is, D is less
+    the gradient of L, which ``r_ptr`` holds, and L is written in the unit of the scores: infinite, so that no
+    key has weight, for rows without any and beyond the end."""
     pair = tl.program_id(1)
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     do_ptr += batch * stride_dob + head.to(tl.int64) * stride_doh
@@ -38,7 +42,8 @@ def divide_gradient(
     rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < length
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
-    r = tl.load(r_ptr + pair.to(tl.int64) * length + rows, mask=inside, other=1.0)
+    at = pair.to(tl.int64) * length + rows
+    r = tl.load(r_ptr + at, mask=inside, other=1.0)
     inverse = tl.full([BLOCK], 1.0, tl.float32)
     if NORMALIZE == 1:
         inverse = 1.0 / r
@@ -57,17 +62,19 @@ def divide_gradient(
         if NORMALIZE != 3:
             tl.store(out_rows + second[None, :], do1.to(out_ptr.dtype.element_ty), mask=inside[:, None])
     if NORMALIZE == 3:
-        delta -= r
+        delta -= tl.load(dlse_ptr + at, mask=inside, other=0.0)
+        no_weight = (r == float("-inf")) | (rows >= length)
+        tl.store(lse_ptr + rows_of(pair, length) + rows, tl.where(no_weight, float("inf"), r * UNIT))
     if NORMALIZE == 2:
         delta *= tl.where(r > 1.0, 1.0, tl.where(r < -1.0, -1.0, 0.0))
-    tl.store(delta_ptr + pair.to(tl.int64) * length + rows, delta, mask=inside)
+    tl.store(delta_ptr + rows_of(pair, length) + rows, delta)
 
 
 @triton.jit
 def _backward_keys_block(
     at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope,
     q_ptr, do_ptr, delta_ptr, lse_ptr, stride_qt, stride_dot, first, second,
-    length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+    length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
     SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
@@ -85,10 +92,10 @@ def _backward_keys_block(
         dp = dot(v1, tl.trans(do1), dp, PRECISION)
     s = s * scale + bias
     s = add_position(
-        s, rows[None, :], keys[:, None], at, position_ptr, slope, ahead, count, POSITION, PREFIX, UNIT
+        s, rows[None, :], keys[:, None], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
     )
     if NORMALIZE == 3:
-        s -= load_log_sum(lse_ptr, rows, length, UNIT)[None, :]
+        s -= tl.load(lse_ptr + rows)[None, :]
     p = F(s)
     ds = DF(s, p)
     if MASK:
@@ -96,11 +103,11 @@ def _backward_keys_block(
         p = tl.where(allowed, p, 0.0)
         ds = tl.where(allowed, ds, 0.0)
     if NORMALIZE:
-        dp -= tl.load(delta_ptr + rows, mask=rows < length, other=0.0)[None, :]
+        dp -= tl.load(delta_ptr + rows)[None, :]
     ds = ds * dp
     db += tl.sum(tl.sum(ds, 1), 0)
     if SLOPE_GRADIENT:
-        distance = tl.abs(rows[None, :] - keys[:, None]).to(tl.float32)
+        distance = distance_of(rows[None, :], keys[:, None], by_key, PREFIX)
         dslope -= tl.sum(tl.sum(ds * distance, 1), 0)
     p = p.to(q0.dtype)
     ds = ds.to(q0.dtype)
@@ -119,7 +126,7 @@ def backward_keys(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dkb, stride_dkh, stride_dkt,
-    heads, group, length, scale, window, prefix, ahead, count,
+    heads, group, length, scale, window, prefix, ahead, count, constant_from,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -137,8 +144,8 @@ def backward_keys(
     position_ptr += head.to(tl.int64) * count
     dk_ptr += batch * stride_dkb + head.to(tl.int64) * stride_dkh
     dv_ptr += batch * stride_dkb + head.to(tl.int64) * stride_dkh
-    delta_ptr += pair.to(tl.int64) * length
-    lse_ptr += pair.to(tl.int64) * length
+    delta_ptr += rows_of(pair, length)
+    lse_ptr += rows_of(pair, length)
     keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
@@ -154,33 +161,33 @@ def backward_keys(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope = load_position(position_ptr, POSITION, UNIT)
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3, UNIT)
     # Queries beyond the end, in the last block, have a gradient of 0.
     start, masked_end, end = query_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
     far = end
     if POSITION == 2 and not WINDOW:
-        far = far_queries(block, masked_end, end, ahead, count, BLOCK_Q, BLOCK_K)
+        far = far_queries(block, masked_end, end, constant_from, BLOCK_Q, BLOCK_K)
     for at in range(start, masked_end, BLOCK_Q):
         dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
             at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
             stride_qt, stride_dot, first, second,
-            length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead, count,
+            length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
             F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT,
             D1, BLOCK_Q)  # fmt: skip
     for at in range(masked_end, far, BLOCK_Q):
         dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
             at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
             stride_qt, stride_dot, first, second,
-            length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead, count,
+            length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
             F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
             D1, BLOCK_Q)  # fmt: skip
     if POSITION == 2 and not WINDOW:
-        farthest = bias + UNIT * tl.load(position_ptr + count - 1)
+        farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(far, end, BLOCK_Q):
             dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
                 at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
                 stride_qt, stride_dot, first, second,
-                length, scale * UNIT, farthest, window, prefix, position_ptr, slope, ahead, count,
+                length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key, ahead,
                 F, DF, NORMALIZE, 0, SLOPE_GRADIENT, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
                 D1, BLOCK_Q)  # fmt: skip
     inside = (keys < length)[:, None]
@@ -199,7 +206,7 @@ def backward_keys(
 @triton.jit
 def _backward_queries_block(
     at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-    first, second, length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+    first, second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -216,7 +223,7 @@ def _backward_queries_block(
         dp = dot(do1, tl.trans(v1), dp, PRECISION)
     s = s * scale + bias
     s = add_position(
-        s, rows[:, None], keys[None, :], at, position_ptr, slope, ahead, count, POSITION, PREFIX, UNIT
+        s, rows[:, None], keys[None, :], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
     )
     if NORMALIZE == 3:
         s -= lse[:, None]
@@ -239,7 +246,7 @@ def backward_queries(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dqb, stride_dqh, stride_dqt,
-    heads, group, length, scale, window, prefix, ahead, count,
+    heads, group, length, scale, window, prefix, ahead, count, constant_from,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -265,34 +272,34 @@ def backward_queries(
     inside = rows < length
     delta = tl.zeros([BLOCK_Q], tl.float32)
     if NORMALIZE:
-        delta = tl.load(delta_ptr + pair.to(tl.int64) * length + rows, mask=inside, other=0.0)
+        delta = tl.load(delta_ptr + rows_of(pair, length) + rows)
     lse = tl.zeros([BLOCK_Q], tl.float32)
     if NORMALIZE == 3:
-        lse = load_log_sum(lse_ptr + pair.to(tl.int64) * length, rows, length, UNIT)
+        lse = tl.load(lse_ptr + rows_of(pair, length) + rows)
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope = load_position(position_ptr, POSITION, UNIT)
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3, UNIT)
     start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
     if POSITION == 2 and not WINDOW:
-        near = far_keys(block, start, unmasked, ahead, count, BLOCK_Q, BLOCK_K)
-        farthest = bias + UNIT * tl.load(position_ptr + count - 1)
+        near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
+        farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(start, near, BLOCK_K):
             dq0, dq1 = _backward_queries_block(
                 at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt, first,
-                second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, ahead, count,
+                second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key, ahead,
                 F, DF, NORMALIZE, 0, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K)  # fmt: skip
         start = near
     for at in range(start, unmasked, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
             at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-            first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead, count,
+            first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
             F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
             D1, BLOCK_K)  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
             at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-            first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead, count,
+            first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
             F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT,
             D1, BLOCK_K)  # fmt: skip
     dq_rows = dq_ptr + at_rows(rows, stride_dqt, WIDE)

@@ -2,9 +2,9 @@
 
 What a variant does not need is switched off at compile time. WINDOW: a query sees the newest ``window`` keys
 only. PREFIX: the first ``prefix`` positions, at most the length, see one another. POSITION: 0 for no bias by
-distance, 1 for -slope |i - j|, 2 for a table over the distances from ``-ahead`` on, whose last entry is also
-for all beyond. WIDE: offsets within a tensor exceed 32 bits. UNIT: factor on scores and their biases, log2 e
-for a softmax, whose weights are powers of two, else 1.
+distance, 1 for -slope |i - j|, 2 for a table over the distances from ``-ahead`` on, which goes on beyond all
+blocks. WIDE: offsets within a tensor exceed 32 bits. UNIT: factor on scores and their biases, log2 e for a
+softmax, whose weights are powers of two, else 1.
 """
 
 from __future__ import annotations
@@ -14,6 +14,32 @@ import triton.language as tl
 
 SLOPE = 1
 TABLE = 2
+ROW_BLOCK = 128
+"""The largest block of rows. What the backward kernels read by row has room for a multiple of it, so that
+they need no mask."""
+
+if triton.knobs.runtime.interpret:
+
+    @triton.jit
+    def look_up(pointers):
+        """Numbers of a table."""
+        return tl.load(pointers)
+
+else:
+
+    @triton.jit
+    def look_up(pointers):
+        """Numbers of a table. The compiler would send those of a ``tl.load`` through shared memory, like
+        blocks of keys, which takes longer than to read them from the cache."""
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def rows_of(pair, length):
+    """Where the rows of a sequence's head begin in what has room for whole blocks of them."""
+    return pair.to(tl.int64) * (tl.cdiv(length, 128) * 128)
 
 
 @triton.jit
@@ -37,17 +63,32 @@ def dot(a, b, c, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_position(position_ptr, POSITION: tl.constexpr, UNIT: tl.constexpr):
-    """A head's slope. A table is read by distance."""
+def load_position(position_ptr, POSITION: tl.constexpr, SOFTMAX: tl.constexpr, UNIT: tl.constexpr):
+    """A head's slope m, and which of two forms its bias has. A softmax does not see what is added to a whole
+    row, so where m < 0 favours far keys, the bias of row i and key j is m j in the place of -m (i - j): what
+    has weight then has a small bias, and what rounds a large one has no weight. A table is read by
+    distance."""
     slope = 0.0
     if POSITION == 1:
         slope = tl.load(position_ptr) * UNIT
-    return slope
+    by_key = False
+    if SOFTMAX:
+        by_key = slope < 0.0
+    return slope, by_key
+
+
+@triton.jit
+def distance_of(row, key, by_key, PREFIX: tl.constexpr):
+    """What a slope is the negative factor of; ``row`` and ``key`` broadcast to the shape of the scores."""
+    behind = row - key
+    if PREFIX:  # keys may lie ahead
+        behind = tl.abs(behind)
+    return (behind - tl.where(by_key, row, 0)).to(tl.float32)
 
 
 @triton.jit
 def add_position(
-    s, row, key, origin, table_ptr, slope, ahead, count,
+    s, row, key, origin, table_ptr, slope, by_key, ahead,
     POSITION: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Scores and their bias by distance.
@@ -56,17 +97,16 @@ def add_position(
         row, key: broadcast to the shape of the scores.
         origin: a position of the block. From there a slope takes one step for rows and one for keys, exact
             where they are near, which is less work than a distance of each pair.
-        slope: of ``load_position``.
+        slope, by_key: of ``load_position``.
     """
     if POSITION == 1:
-        if PREFIX:  # keys may lie ahead
-            s -= slope * tl.abs(row.to(tl.float32) - key.to(tl.float32))
+        if PREFIX:
+            s -= slope * distance_of(row, key, by_key, PREFIX)
         else:
-            s += slope * (key - origin).to(tl.float32)
-            s -= slope * (row - origin).to(tl.float32)
+            s += slope * (key - tl.where(by_key, 0, origin)).to(tl.float32)
+            s -= tl.where(by_key, 0.0, slope) * (row - origin).to(tl.float32)
     if POSITION == 2:
-        # Positions beyond the end lie beyond the table: what they read does not count.
-        s += UNIT * tl.load(table_ptr + tl.minimum(tl.maximum(row - key + ahead, 0), count - 1))
+        s += UNIT * look_up(table_ptr + (row - key + ahead))
     return s
 
 
@@ -80,13 +120,6 @@ def power_of_two(s):
 def itself(s, p):
     """The derivative of an exponential."""
     return p
-
-
-@triton.jit
-def load_log_sum(lse_ptr, rows, length, UNIT: tl.constexpr):
-    """log2 sum exp of rows; infinite, so that no key has weight, for rows without any and beyond the end."""
-    lse = tl.load(lse_ptr + rows, mask=rows < length, other=float("-inf"))
-    return tl.where(lse == float("-inf"), float("inf"), lse * UNIT)
 
 
 @triton.jit
@@ -125,9 +158,9 @@ def key_range(
 
 
 @triton.jit
-def far_keys(block, start, unmasked, ahead, count, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of the keys that all queries of a block see, the end of those that are farther than the table goes."""
-    end = tl.maximum(block * BLOCK_Q + ahead - count + 2, 0) // BLOCK_K * BLOCK_K
+def far_keys(block, start, unmasked, constant_from, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the keys that all queries of a block see, the end of those so far that the bias is constant."""
+    end = tl.maximum(block * BLOCK_Q - constant_from + 1, 0) // BLOCK_K * BLOCK_K
     return tl.maximum(start, tl.minimum(unmasked, end))
 
 
@@ -154,7 +187,7 @@ def query_range(
 
 
 @triton.jit
-def far_queries(block, masked_end, end, ahead, count, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of the queries that see all keys of a block, the first that is farther than the table goes."""
-    first = tl.maximum((block + 1) * BLOCK_K + count - ahead - 2, 0)
+def far_queries(block, masked_end, end, constant_from, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the queries that see all keys of a block, the first so far that the bias is constant."""
+    first = tl.maximum((block + 1) * BLOCK_K + constant_from - 1, 0)
     return tl.minimum(end, tl.maximum(masked_end, tl.cdiv(first, BLOCK_Q) * BLOCK_Q))

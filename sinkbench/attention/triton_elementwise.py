@@ -22,28 +22,27 @@ Shapes: b sequence of the batch, h head, g kv head, t position, d head size, n d
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from sinkbench.attention import tiles
 from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_backward import backward_keys, backward_queries, divide_gradient
-from sinkbench.attention.triton_blocks import SLOPE, TABLE, itself, power_of_two
+from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE, itself, power_of_two
 from sinkbench.attention.triton_forward import forward
 from sinkbench.attention.triton_table import along_diagonals, table_gradient
 
 NORMALIZERS: dict[bool | str, int] = {False: 0, True: 1, "abs": 2}
 SOFTMAX = 3
 """In the place of a normaliser."""
-TABLE_BLOCK = 32
-"""Queries and keys of a block of the gradient of a table."""
-TABLE_PARTS = 4
-"""Programs that share the sequences of one diagonal."""
+TABLE_PROGRAMS = 512
+"""Of the gradient of a table: about four for each multiprocessor of an H100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +88,13 @@ def _by_position(like: Tensor) -> Tensor:
     return torch.empty(length, batch, heads, d, dtype=like.dtype, device=like.device).permute(1, 2, 0, 3)
 
 
+def padded_table(table_hn: Tensor, ahead: int, length: int) -> Tensor:
+    """A table as the kernels read it: its first entry for a block of more distances ahead, its last for all
+    up to the length and a block more, so that no distance is beyond it."""
+    behind = max(ahead + length + ROW_BLOCK - table_hn.shape[1], 0)
+    return pad(table_hn[None], (ROW_BLOCK, behind), mode="replicate")[0].contiguous()
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,17 +126,17 @@ class _Attention(torch.autograd.Function):
         s: Settings = ctx.settings
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         call = _Call(q, k, v, bias, position, s, rows)
-        delta = rows
+        by_row = (rows, rows)
         if s.normalize:
-            grad, delta = call.divided_gradient(grad, out, of_rows[0].contiguous() if of_rows else rows)
-        dk, dv, db, dslope = call.gradients_of_keys(grad, delta, ctx.needs_input_grad[4])
-        dq = call.gradient_of_queries(grad, delta)
+            grad, *by_row = call.divided_gradient(grad, out, of_rows[0].contiguous() if of_rows else rows)
+        dk, dv, db, dslope = call.gradients_of_keys(grad, by_row, ctx.needs_input_grad[4])
+        dq = call.gradient_of_queries(grad, by_row)
         if q.shape[1] != k.shape[1]:
             dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
         dbias = None if bias is None else db.sum((0, 2)).to(bias.dtype)
         dposition = None
         if ctx.needs_input_grad[4]:
-            dposition = dslope.sum((0, 2)) if s.position == SLOPE else call.gradient_of_table(grad, delta)
+            dposition = dslope.sum((0, 2)) if s.position == SLOPE else call.gradient_of_table(grad, by_row)
             if call.table_ends:
                 # All of dS, which a softmax's weights leave in the log-sum-exp alone, less that of the rest.
                 total = of_rows[0].sum((0, 2)) if s.normalize == SOFTMAX else db.sum((0, 2))
@@ -149,9 +155,14 @@ class _Call:
         self.group = q.shape[1] // k.shape[1]
         self.bias = rows if bias is None else bias.float().contiguous()  # unused if there is none
         self.position = rows if position is None else position
-        count = position.shape[1] if position is not None and s.position == TABLE else 1
-        self.table_ends = s.position == TABLE and count < s.ahead + q.shape[2]
-        self.mask = (s.window or 0, s.prefix, s.ahead, count)
+        self.last = 0  # distance of the table
+        self.mask: tuple[int, ...] = (s.window or 0, s.prefix, 0, 1, 0)
+        if position is not None and s.position == TABLE:
+            self.position = padded_table(position, s.ahead, q.shape[2])
+            self.last = position.shape[1] - 1 - s.ahead
+            at_zero = s.ahead + ROW_BLOCK
+            self.mask = (s.window or 0, s.prefix, at_zero, self.position.shape[1], self.last)
+        self.table_ends = s.position == TABLE and self.last < q.shape[2] - 1
         d0, d1 = split_head_size(q.shape[-1])
         self.switches: dict[str, Any] = {
             "NORMALIZE": s.normalize,
@@ -180,21 +191,23 @@ class _Call:
         }
         return tiles.choose(kernel, self.q, variant, launch, s.position)
 
-    def divided_gradient(self, grad: Tensor, out: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """See the kernel; ``rows`` is the gradient of the log-sum-exp for a softmax."""
+    def divided_gradient(self, grad: Tensor, out: Tensor, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dO', and D and the log-sum-exp of each row, which have room for whole blocks; see the kernel.
+        ``of_rows`` is the gradient of the log-sum-exp, used for a softmax."""
         batch, heads, length, _ = grad.shape
-        delta = torch.empty_like(rows)
+        padded = triton.cdiv(length, ROW_BLOCK) * ROW_BLOCK
+        delta, lse = torch.empty(2, batch * heads, padded, dtype=torch.float32, device=grad.device)
         divided = grad if self.s.normalize == SOFTMAX else torch.empty_like(out)
         strides = (*grad.stride()[:3], *out.stride()[:3], *divided.stride()[:3])
-        switches = {name: self.switches[name] for name in ("NORMALIZE", "D0", "D1")}
-        divide_gradient[(triton.cdiv(length, 64), batch * heads)](
-            grad, out, rows, divided, delta, *strides, heads, length,
+        switches = {name: self.switches[name] for name in ("NORMALIZE", "UNIT", "D0", "D1")}
+        divide_gradient[(padded // 64, batch * heads)](
+            grad, out, self.rows, of_rows, divided, delta, lse, *strides, heads, length,
             WIDE=is_wide(grad, out, divided), BLOCK=64, **switches,
         )  # fmt: skip
-        return divided, delta
+        return divided, delta, lse
 
     def gradients_of_keys(
-        self, grad: Tensor, delta: Tensor, position: bool
+        self, grad: Tensor, by_row: Sequence[Tensor], position: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dK and dV by query head, and of each block of keys the sums for the bias and the slope."""
         q, k, v, s = self.q, self.k, self.v, self.s
@@ -210,7 +223,7 @@ class _Call:
         def launch(chosen: Tiles) -> int:
             blocks: int = triton.cdiv(length, chosen.block_k)
             backward_keys[(blocks, batch * heads)](
-                q, k, v, grad, dk, dv, delta, self.rows, self.bias, self.position, db, dslope,
+                q, k, v, grad, dk, dv, *by_row, self.bias, self.position, db, dslope,
                 *self.strides, *grad.stride()[:3], *dk.stride()[:3],
                 heads, self.group, length, s.scale, *self.mask,
                 F=s.function, DF=s.derivative, SLOPE_GRADIENT=slope, WIDE=is_wide(q, k, v, grad, dk),
@@ -225,14 +238,14 @@ class _Call:
             dslope = dslope.flatten()[: batch * heads * blocks].view(batch, heads, blocks)
         return dk, dv, db, dslope
 
-    def gradient_of_queries(self, grad: Tensor, delta: Tensor) -> Tensor:
+    def gradient_of_queries(self, grad: Tensor, by_row: Sequence[Tensor]) -> Tensor:
         q, k, v, s = self.q, self.k, self.v, self.s
         batch, heads, length, _ = q.shape
         dq = _by_position(q)
 
         def launch(chosen: Tiles) -> None:
             backward_queries[(triton.cdiv(length, chosen.block_q), batch * heads)](
-                q, k, v, grad, dq, delta, self.rows, self.bias, self.position,
+                q, k, v, grad, dq, *by_row, self.bias, self.position,
                 *self.strides, *grad.stride()[:3], *dq.stride()[:3],
                 heads, self.group, length, s.scale, *self.mask,
                 F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad, dq),
@@ -242,29 +255,32 @@ class _Call:
         launch(self.tiles("queries", launch))
         return dq
 
-    def gradient_of_table(self, grad: Tensor, delta: Tensor) -> Tensor:
+    def gradient_of_table(self, grad: Tensor, by_row: Sequence[Tensor]) -> Tensor:
         q, k, v, s = self.q, self.k, self.v, self.s
         batch, heads, length, _ = q.shape
         # A diagonal of blocks holds the distances from size (n - 1) + 1 to size (n + 1) - 1.
-        size, farthest = TABLE_BLOCK, triton.cdiv(length, TABLE_BLOCK) - 1
+        size = 32 if q.dtype == torch.float32 or q.shape[-1] > 128 else 64
+        count = triton.cdiv(length, size)
+        farthest = count - 1
         if s.window is not None:
             farthest = min(farthest, triton.cdiv(max(s.window, s.prefix) - 1, size))
         if self.table_ends:
-            farthest = min(farthest, triton.cdiv(max(self.position.shape[1] - 2 - s.ahead, 0), size))
+            farthest = min(farthest, triton.cdiv(max(self.last - 1, 0), size))
         nearest = -triton.cdiv(max(s.prefix - 1, 0), size)
-        nearest = max(nearest, 1 - triton.cdiv(length, size))
-        parts = min(batch, TABLE_PARTS)
-        grid = (farthest - nearest + 1, heads, parts)
+        nearest = max(nearest, 1 - count)
+        diagonals = farthest - nearest + 1
+        parts = min(max(TABLE_PROGRAMS // (diagonals * heads), 1), batch * count)
+        grid = (diagonals, heads, parts)
         blocks = torch.empty(parts, heads, grid[0], size, size, dtype=torch.float32, device=q.device)
         switches = {name: value for name, value in self.switches.items() if name != "POSITION"}
         table_gradient[grid](
-            q, k, v, grad, delta, self.rows, self.bias, self.position, blocks,
+            q, k, v, grad, *by_row, self.bias, self.position, blocks,
             *self.strides, *grad.stride()[:3],
             batch, heads, self.group, length, s.scale, *self.mask, nearest,
             F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad), BLOCK=size, **switches,
             num_warps=8 if q.dtype == torch.float32 else 4, num_stages=2,
         )  # fmt: skip
-        return along_diagonals(blocks.sum(0), nearest, s.ahead, self.position.shape[1])
+        return along_diagonals(blocks.sum(0), nearest, s.ahead, s.ahead + 1 + self.last)
 
 
 def attend(
@@ -329,7 +345,7 @@ def softmax(
 ) -> tuple[Tensor, Tensor]:
     """O [b, h, t, d] of the inputs' dtype, and log sum exp of the scores [b, h, t], float32; both can be
     differentiated. Arguments as for ``attend``. A row without weights gives 0 and minus infinity."""
-    result: tuple[Tensor, Tensor] = _apply(
+    output, log_sum = _apply(
         (query_bhtd, key_bgtd, value_bgtd),
         None,
         slope_h,
@@ -342,7 +358,11 @@ def softmax(
         scale=scale,
         window=window,
     )
-    return result
+    if slope_h is not None:
+        # See ``load_position``: the kernels add as much to the rows of a rising slope.
+        position = torch.arange(log_sum.shape[2], device=log_sum.device)
+        log_sum = log_sum - slope_h.clamp(max=0.0).float()[:, None] * position
+    return output, log_sum
 
 
 def _apply(

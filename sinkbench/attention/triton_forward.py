@@ -13,6 +13,7 @@ from sinkbench.attention.triton_blocks import (
     key_range,
     load_position,
     load_rows,
+    look_up,
     visible,
 )
 
@@ -20,7 +21,7 @@ from sinkbench.attention.triton_blocks import (
 @triton.jit
 def _forward_block(
     at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
-    length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+    length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
     F: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
     PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -32,7 +33,7 @@ def _forward_block(
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
     s = s * scale + bias
     s = add_position(
-        s, rows[:, None], keys[None, :], at, position_ptr, slope, ahead, count, POSITION, PREFIX, UNIT
+        s, rows[:, None], keys[None, :], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
     )
     if NORMALIZE == 3:
         if MASK:
@@ -66,7 +67,7 @@ def forward(
     q_ptr, k_ptr, v_ptr, o_ptr, r_ptr, bias_ptr, position_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
-    heads, group, length, scale, eps, window, prefix, ahead, count,
+    heads, group, length, scale, eps, window, prefix, ahead, count, constant_from,
     F: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -94,28 +95,28 @@ def forward(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope = load_position(position_ptr, POSITION, UNIT)
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3, UNIT)
     start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
     if POSITION == 2 and not WINDOW:
-        near = far_keys(block, start, unmasked, ahead, count, BLOCK_Q, BLOCK_K)
-        farthest = bias + UNIT * tl.load(position_ptr + count - 1)
+        near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
+        farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(start, near, BLOCK_K):
             o0, o1, r, largest = _forward_block(
                 at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
-                length, scale, farthest, window, prefix, position_ptr, slope, ahead, count,
+                length, scale, farthest, window, prefix, position_ptr, slope, by_key, ahead,
                 F, NORMALIZE, 0, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
             )  # fmt: skip
         start = near
     for at in range(start, unmasked, BLOCK_K):
         o0, o1, r, largest = _forward_block(
             at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
             F, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         o0, o1, r, largest = _forward_block(
             at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
             F, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     inside = rows < length

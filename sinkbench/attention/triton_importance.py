@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sinkbench.attention.triton_blocks import (
+    ROW_BLOCK,
     SLOPE,
     TABLE,
     add_position,
@@ -29,7 +30,7 @@ from sinkbench.attention.triton_blocks import (
     load_rows,
     visible,
 )
-from sinkbench.attention.triton_elementwise import is_wide, precision, split_head_size
+from sinkbench.attention.triton_elementwise import is_wide, padded_table, precision, split_head_size
 
 COLUMN_PROGRAMS = 8
 """Programs that share the queries of a block of columns."""
@@ -38,7 +39,7 @@ COLUMN_PROGRAMS = 8
 @triton.jit
 def _row_sums_block(
     at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
-    length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+    length, scale, bias, window, prefix, position_ptr, slope, ahead,
     F: tl.constexpr, SOFTMAX: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
     PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     D1: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -49,7 +50,7 @@ def _row_sums_block(
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
     s = s * scale + bias
     s = add_position(
-        s, rows[:, None], keys[None, :], at, position_ptr, slope, ahead, count, POSITION, PREFIX, 1.0
+        s, rows[:, None], keys[None, :], at, position_ptr, slope, False, ahead, POSITION, PREFIX, 1.0
     )
     if SOFTMAX:
         if MASK:
@@ -92,7 +93,7 @@ def _row_sums(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head)
-    slope = load_position(position_ptr, POSITION, 1.0)
+    slope, _ = load_position(position_ptr, POSITION, False, 1.0)
     total = tl.zeros([BLOCK_Q], tl.float32)
     absolute = tl.zeros([BLOCK_Q], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -100,13 +101,13 @@ def _row_sums(
     for at in range(start, unmasked, BLOCK_K):
         total, absolute, largest = _row_sums_block(
             at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            length, scale, bias, window, prefix, position_ptr, slope, ahead,
             F, SOFTMAX, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, D1, BLOCK_K,
         )  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         total, absolute, largest = _row_sums_block(
             at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, ahead, count,
+            length, scale, bias, window, prefix, position_ptr, slope, ahead,
             F, SOFTMAX, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, D1, BLOCK_K,
         )  # fmt: skip
     inside = rows < length
@@ -143,7 +144,7 @@ def _column_sums(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head)
-    slope = load_position(position_ptr, POSITION, 1.0)
+    slope, _ = load_position(position_ptr, POSITION, False, 1.0)
     raw = tl.zeros([BLOCK_K], tl.float32)
     proxy = tl.zeros([BLOCK_K], tl.float32)
     start = (offset + block * BLOCK_K) // BLOCK_Q * BLOCK_Q
@@ -161,7 +162,7 @@ def _column_sums(
             s = dot(k1, tl.trans(q1), s, PRECISION)
         s = s * scale + bias
         s = add_position(
-            s, rows[None, :], keys[:, None], at, position_ptr, slope, ahead, count, POSITION, PREFIX, 1.0
+            s, rows[None, :], keys[:, None], at, position_ptr, slope, False, ahead, POSITION, PREFIX, 1.0
         )
         seen = visible(rows[None, :], keys[:, None], window, prefix, WINDOW, PREFIX)
         seen = seen & (rows[None, :] >= keys[:, None]) & (rows < length)[None, :]
@@ -254,7 +255,8 @@ class Scores:
         if self.slope_h is not None:
             position, kind = self.slope_h.float().contiguous(), SLOPE
         if self.table_hn is not None:
-            position, kind, count = self.table_hn.float().contiguous(), TABLE, self.table_hn.shape[1]
+            position = padded_table(self.table_hn.float(), max(prefix - 1, 0), query.shape[2])
+            kind, count = TABLE, position.shape[1]
         bias = unused if self.bias_h is None else self.bias_h.float().contiguous()
         d0, d1 = split_head_size(query.shape[-1])
         switches = {
@@ -269,5 +271,6 @@ class Scores:
             "D0": d0,
             "D1": d1,
         }
-        numbers = (bias, position, self.scale, self.window or 0, prefix, max(prefix - 1, 0), count)
+        at_zero = max(prefix - 1, 0) + ROW_BLOCK
+        numbers = (bias, position, self.scale, self.window or 0, prefix, at_zero, count)
         return query, key, numbers, switches

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sinkbench.attention.triton_blocks import add_position, dot, load_log_sum, load_rows, visible
+from sinkbench.attention.triton_blocks import dot, load_rows, look_up, rows_of, visible
 
 
 @triton.jit
@@ -20,59 +20,55 @@ def table_gradient(
     q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, lse_ptr, bias_ptr, table_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
-    batches, heads, group, length, scale, window, prefix, ahead, count, first_diagonal,
+    batches, heads, group, length, scale, window, prefix, ahead, count, constant_from, first_diagonal,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
     PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dS summed over one diagonal of blocks and every ``num_programs(2)``-th sequence, [BLOCK, BLOCK]."""
+    """dS summed over every ``num_programs(2)``-th block of one diagonal in all sequences, [BLOCK, BLOCK]."""
     diagonal = first_diagonal + tl.program_id(0)
     head, part = tl.program_id(1), tl.program_id(2)
     group_head = (head // group).to(tl.int64)
     table_ptr += head.to(tl.int64) * count
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     within = tl.arange(0, BLOCK)
-    bias = 0.0
+    bias = look_up(table_ptr + (ahead + diagonal * BLOCK + within[:, None] - within[None, :])) * UNIT
     if BIAS:
-        bias = tl.load(bias_ptr + head) * UNIT
+        bias += tl.load(bias_ptr + head) * UNIT
     start = tl.maximum(0, -diagonal)
     end = tl.cdiv(length, BLOCK) - tl.maximum(0, diagonal)
     if PREFIX:  # ahead of the query there is nothing but the prefix
         end = tl.where(diagonal < 0, tl.minimum(end, tl.cdiv(prefix, BLOCK)), end)
+    blocks = tl.maximum(end - start, 1)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
-    for sequence in range(part, batches, tl.num_programs(2)):
-        batch = tl.full((), 0, tl.int64) + sequence
+    for i in range(part, batches * (end - start), tl.num_programs(2)):
+        batch, block = (i // blocks).to(tl.int64), start + i % blocks
         q = q_ptr + batch * stride_qb + head.to(tl.int64) * stride_qh
         do = do_ptr + batch * stride_dob + head.to(tl.int64) * stride_doh
         k = k_ptr + batch * stride_kb + group_head * stride_kh
         v = v_ptr + batch * stride_vb + group_head * stride_vh
-        row_delta = delta_ptr + (batch * heads + head) * length
-        row_lse = lse_ptr + (batch * heads + head) * length
-        for block in range(start, end):
-            rows, keys = (block + diagonal) * BLOCK + within, block * BLOCK + within
-            q0 = load_rows(q, rows, first, stride_qt, length, True, WIDE)
-            do0 = load_rows(do, rows, first, stride_dot, length, True, WIDE)
-            k0 = load_rows(k, keys, first, stride_kt, length, True, WIDE)
-            v0 = load_rows(v, keys, first, stride_vt, length, True, WIDE)
-            s = dot(q0, tl.trans(k0), None, PRECISION)
-            dp = dot(do0, tl.trans(v0), None, PRECISION)
-            if D1 > 1:
-                q1 = load_rows(q, rows, second, stride_qt, length, True, WIDE)
-                do1 = load_rows(do, rows, second, stride_dot, length, True, WIDE)
-                k1 = load_rows(k, keys, second, stride_kt, length, True, WIDE)
-                v1 = load_rows(v, keys, second, stride_vt, length, True, WIDE)
-                s = dot(q1, tl.trans(k1), s, PRECISION)
-                dp = dot(do1, tl.trans(v1), dp, PRECISION)
-            s = s * (scale * UNIT) + bias
-            s = add_position(
-                s, rows[:, None], keys[None, :], 0, table_ptr, 0.0, ahead, count, 2, PREFIX, UNIT
-            )
-            if NORMALIZE == 3:
-                s -= load_log_sum(row_lse, rows, length, UNIT)[:, None]
-            if NORMALIZE:
-                dp -= tl.load(row_delta + rows, mask=rows < length, other=0.0)[:, None]
-            seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
-            total += tl.where(seen, DF(s, F(s)) * dp, 0.0)
+        at = rows_of(batch * heads + head, length)
+        rows, keys = (block + diagonal) * BLOCK + within, block * BLOCK + within
+        q0 = load_rows(q, rows, first, stride_qt, length, True, WIDE)
+        do0 = load_rows(do, rows, first, stride_dot, length, True, WIDE)
+        k0 = load_rows(k, keys, first, stride_kt, length, True, WIDE)
+        v0 = load_rows(v, keys, first, stride_vt, length, True, WIDE)
+        s = dot(q0, tl.trans(k0), None, PRECISION)
+        dp = dot(do0, tl.trans(v0), None, PRECISION)
+        if D1 > 1:
+            q1 = load_rows(q, rows, second, stride_qt, length, True, WIDE)
+            do1 = load_rows(do, rows, second, stride_dot, length, True, WIDE)
+            k1 = load_rows(k, keys, second, stride_kt, length, True, WIDE)
+            v1 = load_rows(v, keys, second, stride_vt, length, True, WIDE)
+            s = dot(q1, tl.trans(k1), s, PRECISION)
+            dp = dot(do1, tl.trans(v1), dp, PRECISION)
+        s = s * (scale * UNIT) + bias
+        if NORMALIZE == 3:
+            s -= tl.load(lse_ptr + at + rows)[:, None]
+        if NORMALIZE:
+            dp -= tl.load(delta_ptr + at + rows)[:, None]
+        seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
+        total += tl.where(seen, DF(s, F(s)) * dp, 0.0)
     program = (part * heads + head) * tl.num_programs(0) + tl.program_id(0)
     out = out_ptr + program.to(tl.int64) * BLOCK * BLOCK
     tl.store(out + within[:, None] * BLOCK + within[None, :], total)

@@ -4,7 +4,7 @@ in Triton's interpreter where the package is there."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -121,15 +121,23 @@ def output_and_gradients(
 
 
 def assert_as_reference(
-    p: Problem, dtype: torch.dtype = torch.float32, tolerance: float = 2e-5, **others: float
+    p: Problem,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 2e-5,
+    absolute: Mapping[str, float] | None = None,
 ) -> None:
     """On the inputs as the kernel gets them, since rounding a slope itself moves the scores of far keys.
-    ``others`` are tolerances of single results by their names."""
+
+    Args:
+        tolerance: of each result, relative to its norm.
+        absolute: what the norm of the error of a result may be beside that, by its name.
+    """
     found = output_and_gradients(fused.run, p, dtype)
     exact = output_and_gradients(reference.attend, converted(p, lambda x: x.to(dtype)), torch.float64)
     for what, wanted in exact.items():
-        error = (found[what].double() - wanted).norm() / wanted.norm().clamp(min=0.3)
-        assert error < others.get(what, tolerance), f"{what}: relative error {error:.1e}"
+        error = (found[what].double() - wanted).norm()
+        allowed = tolerance * wanted.norm().clamp(min=0.3) + (absolute or {}).get(what, 0.0)
+        assert error < allowed, f"{what}: error {error:.1e} of {wanted.norm():.1e}, allowed {allowed:.1e}"
 
 
 def test_prefix_and_table() -> None:

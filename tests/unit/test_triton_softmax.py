@@ -32,9 +32,6 @@ from tests.unit.test_triton_masks import (  # noqa: E402
 ENDING = replace(TABLE, constant_from=FAR)
 LENGTH = 777 if CUDA else 150
 """Beyond the table, and no multiple of a block."""
-RISING = 3e-4
-"""A slope below zero makes the log-sum-exp of a late row hundreds: what rounds it comes to this much of the
-gradient of the slope, which counts distances."""
 
 
 def problem(length: int, head_size: int = 32, *, more: bool = False, **settings: Any) -> Problem:
@@ -58,7 +55,7 @@ def problem(length: int, head_size: int = 32, *, more: bool = False, **settings:
 
 
 def test_slope() -> None:
-    assert_as_reference(problem(LENGTH, bias=SLOPE), dslope=RISING)
+    assert_as_reference(problem(LENGTH, bias=SLOPE))
 
 
 def test_table_that_ends_with_prefix_slot_and_sink() -> None:
@@ -83,7 +80,7 @@ def test_a_table_that_ends_for_similarities() -> None:
 def test_every_mask(bias: ScoreBias | None, window: int | None, prefix: int) -> None:
     """The weight of a single key is 1, and its gradient the difference of two equal numbers."""
     p = problem(LENGTH, window=window, prefix=prefix, bias=bias)
-    assert_as_reference(p, tolerance=3e-4 if window == 1 else 2e-5, dslope=RISING)
+    assert_as_reference(p, tolerance=3e-4 if window == 1 else 2e-5)
 
 
 @pytest.mark.full
@@ -99,10 +96,14 @@ def test_every_size(head_size: int, length: int, bias: ScoreBias) -> None:
 
 @pytest.mark.parametrize("more", [False, True])
 def test_scores_of_thousands(more: bool) -> None:
-    """They are rounded by 2e-4 themselves."""
+    """They are rounded by 2e-4 themselves. The gradient of a row whose weight is all on one key vanishes as a
+    difference of products of value and gradient, about as large as the head size; what rounds those comes
+    times scale and key, and is all that is left of it."""
     p = problem(70, bias=SLOPE, window=20, more=more)
     assert (p.query_bhqd[0, 0] @ p.key_bgkd[0, 0].T * p.scale).abs().max() > 2
-    assert_as_reference(replace(p, scale=1000 * p.scale), tolerance=3e-3)
+    p = replace(p, scale=1000 * p.scale)
+    rounded = 1e-6 * p.scale * p.key_bgkd.norm() * HEADS * p.query_bhqd.shape[3] ** 0.5
+    assert_as_reference(p, tolerance=3e-3, absolute={"dq": float(rounded), "dk": float(rounded)})
 
 
 def test_rows_without_weight() -> None:
