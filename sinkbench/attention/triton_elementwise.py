@@ -126,7 +126,7 @@ class _Attention(torch.autograd.Function):
         s: Settings = ctx.settings
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         call = _Call(q, k, v, bias, position, s, rows)
-        by_row = (rows, rows)
+        by_row: Sequence[Tensor] = (rows, rows)
         if s.normalize:
             grad, *by_row = call.divided_gradient(grad, out, of_rows[0].contiguous() if of_rows else rows)
         dk, dv, db, dslope = call.gradients_of_keys(grad, by_row, ctx.needs_input_grad[4])
