@@ -20,6 +20,8 @@ from sinkbench.testing.gradients import check_gradients
 from sinkbench.testing.session import Check, Failed, Session, compare
 
 LENGTH = 7
+DOCUMENT_START = 3
+"""Of the second document of a sequence."""
 ATTENTION = frozenset({"attention"})
 
 
@@ -262,6 +264,27 @@ def batch_invariance(session: Session) -> str:
     )
 
 
+def documents(session: Session) -> str:
+    spec, context = spec_of(session)
+    problem = make_problem(spec, context)
+    start = torch.zeros(2, LENGTH, dtype=torch.int32)
+    start[1, DOCUMENT_START:] = DOCUMENT_START
+    second = slice(DOCUMENT_START, None)
+    alone = replace(
+        problem,
+        query_bhqd=problem.query_bhqd[1:, :, second],
+        key_bgkd=problem.key_bgkd[1:, :, second],
+        value_bgkd=problem.value_bgkd[1:, :, second],
+        position_q=problem.position_q[second],
+        position_k=problem.position_k[second],
+    )
+    return compare(
+        "the output of a document alone, behind another in its sequence,",
+        reference.attend(alone),
+        reference.attend(replace(problem, document_start_bk=start))[1:, :, second],
+    )
+
+
 def measurement(session: Session) -> str:
     spec, context = spec_of(session)
     problem = make_problem(spec, context)
@@ -326,6 +349,12 @@ CHECKS = (
         kinds=ATTENTION,
         run=batch_invariance,
         usually="a sum or a maximum over the batch: reduce over the last dimension alone",
+    ),
+    Check(
+        name="documents",
+        kinds=ATTENTION,
+        run=documents,
+        usually="a Rows function that masks by itself: what a query may see is in allowed, for each sequence",
     ),
     Check(
         name="measurement",

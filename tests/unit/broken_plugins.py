@@ -90,6 +90,15 @@ def _masked_softmax(score: Tensor, allowed: Tensor) -> Tensor:
     return score.masked_fill(~allowed, float("-inf")).softmax(-1)
 
 
+def _masked_by_itself(score: Tensor, allowed: Tensor) -> Tensor:
+    causal = torch.ones(score.shape[-2:], dtype=torch.bool, device=score.device).tril()
+    return _masked_softmax(score, causal)
+
+
+def blind_to_documents(params: Params, context: BuildContext) -> AttentionSpec:
+    return AttentionSpec(rule=Rows(function=_masked_by_itself))
+
+
 def _noisy(score: Tensor) -> Tensor:
     return score.sigmoid() + 0.01 * torch.rand_like(score)
 

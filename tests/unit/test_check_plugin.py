@@ -31,6 +31,7 @@ FAULTS: dict[str, list[Fault]] = {
         ("causality", broken.not_causal, r"query \d gives 0\.\d+ of its weight to key \d"),
         ("determinism", broken.random, r"the output computed again differs in \d+ of"),
         ("batch invariance", broken.looks_at_the_batch, r"of a sequence alone, .* differs in"),
+        ("documents", broken.blind_to_documents, "the output of a document alone, behind another"),
         ("measurement", broken.negative_sums, "weights go down to -|although rows are normalised"),
         ("training", broken.not_finite, "the losses of 3 steps are nan"),
         ("tensor parallel", broken.all_heads, r"The size of tensor a \(2\) must match .*\(4\)"),
