@@ -50,37 +50,52 @@ def make_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
 
 
 @torch.no_grad()
-def update(optimizer: ChainedOptimizer, acceptable: Tensor, *, fused: bool) -> tuple[Tensor, Tensor]:
+def update(
+    optimizer: ChainedOptimizer, acceptable: Tensor, divisor: Tensor, *, fused: bool
+) -> tuple[Tensor, Tensor]:
     """What megatron's ``step`` does, unless the step is not acceptable or the gradient's norm is not finite:
     then parameters and optimizer state stay as they are. The norm is the whole model's, so all ranks agree.
 
     Args:
         acceptable: bool, on the device, the same on all ranks.
-        fused: clipping and update in one kernel, which itself heeds the decision: the host goes on at once.
-            Otherwise it waits for the decision.
+        divisor: of the gradients, which are sums, on the device.
+        fused: division, clipping and update in one kernel, which itself heeds the decision: the host goes on
+            at once. Otherwise it waits for the decision.
 
     Returns:
-        The norm before clipping, and whether there is an update, both on the device.
+        The norm of the divided gradients before clipping, and whether there is an update, both on the device.
     """
     optimizer.prepare_grads()
-    norm = _gradient_norm(optimizer)
+    parts = distributed_optimizers(optimizer)
+    if not fused:
+        _divide(parts, divisor)
+    norm = _gradient_norm(parts)
+    if fused:
+        norm = norm / divisor
     accepted = acceptable & norm.isfinite()
     if not fused and not bool(accepted):
         return norm, accepted
-    for part in distributed_optimizers(optimizer):
+    for part in parts:
         _choose(part, fused)
         if fused:
-            _prepare_fused(part, norm, accepted)
+            _prepare_fused(part, norm, divisor, accepted)
         elif part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, float(norm))
     optimizer.step_with_ready_grads()
     return norm, accepted
 
 
-def _gradient_norm(optimizer: ChainedOptimizer) -> Tensor:
+def _divide(parts: list[DistributedOptimizer], divisor: Tensor) -> None:
+    for part in parts:
+        gradients = [x.grad for x in part.get_parameters() if x.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, divisor.reciprocal())
+
+
+def _gradient_norm(parts: list[DistributedOptimizer]) -> Tensor:
     """Of the whole model, float32. megatron's own, without Apex, reads every parameter's to the host."""
     squares = torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device())
-    for part in distributed_optimizers(optimizer):
+    for part in parts:
         gradients = part.get_main_grads_for_grad_norm()
         if gradients:
             squares += torch.stack(torch._foreach_norm(gradients)).square().sum()
@@ -108,10 +123,11 @@ def _choose(part: DistributedOptimizer, fused: bool) -> None:
                 state["step"] = state["step"].to(parameter.device if fused else "cpu")
 
 
-def _prepare_fused(part: DistributedOptimizer, norm: Tensor, accepted: Tensor) -> None:
+def _prepare_fused(part: DistributedOptimizer, norm: Tensor, divisor: Tensor, accepted: Tensor) -> None:
     """torch's fused AdamW divides gradients by ``grad_scale``, and does nothing where ``found_inf`` is 1."""
     inner, clip = part.optimizer, part.config.clip_grad
-    inner.grad_scale = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)
+    excess = ((norm + 1e-6) / clip).clamp(min=1.0) if clip > 0 else torch.ones_like(norm)
+    inner.grad_scale = excess * divisor
     inner.found_inf = (~accepted).float()
 
 

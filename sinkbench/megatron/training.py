@@ -68,6 +68,8 @@ class Engine:
         self.optimizer = make_optimizer(config, self.stages)
         fused = "optimizer" in fusions.chosen(config, layout.device)
         self._fused_update = fused and is_torch_adam(self.optimizer)
+        self._tokens: Tensor | None = None
+        """Of the whole batch, once its gradients are summed: what they are still to be divided by."""
         if fused:
             copy_together(self.optimizer)
         self.scheduler = make_scheduler(config, self.optimizer)
@@ -120,7 +122,8 @@ class Engine:
         totals = self._totals(reports, stop=wants_stop())
         acceptable = self.health.acceptable(totals[0])
         self.copies.hold_back()
-        grad_norm, updated = update(self.optimizer, acceptable, fused=self._fused_update)
+        assert self._tokens is not None
+        grad_norm, updated = update(self.optimizer, acceptable, self._tokens, fused=self._fused_update)
         self.scheduler.step(1)
         meanwhile()
         # The only time in a step that the host waits for the device.
@@ -133,14 +136,14 @@ class Engine:
     def _finalize_gradients(
         self, stages: list[Any], tokens: Tensor | None, pg_collection: Any = None, **options: Any
     ) -> None:
-        """megatron's, whose own division by the tokens of the whole batch would wait for their number."""
+        """megatron's, without the division by the tokens of the whole batch: there it would wait for their
+        number, and pass over all gradients."""
         finalize_model_grads(stages, None, pg_collection=pg_collection, **options)
         assert tokens is not None
         groups = self.layout.groups
         dist.broadcast(tokens, src=dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
         dist.all_reduce(tokens, group=groups.dp_cp)
-        for stage in stages:
-            stage.scale_gradients(1 / tokens.clamp(min=1))
+        self._tokens = tokens.clamp(min=1)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:

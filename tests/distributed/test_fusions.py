@@ -79,6 +79,15 @@ def test_the_sum_of_gradients(run_distributed: RunDistributed, layout: str, tied
     compare(run_distributed, layout, (f"model.tie_embeddings={tied}",), "[loss,gradients]", 1e-5)
 
 
+@pytest.mark.parametrize("clip", [0.05, pytest.param(0.0, marks=pytest.mark.full)])
+@pytest.mark.parametrize("layout", ["", *(pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS)])
+def test_division_and_clipping_by_the_optimizer(
+    run_distributed: RunDistributed, layout: str, clip: float
+) -> None:
+    """With a large eps: otherwise AdamW hardly sees a gradient's scale."""
+    compare(run_distributed, layout, (f"optim={{eps: 0.01, clip_grad: {clip}}}",), "[optimizer]", 1e-5)
+
+
 @pytest.mark.parametrize("layout", ["", pytest.param("pipeline", marks=pytest.mark.full)])
 def test_tied_embeddings(run_distributed: RunDistributed, layout: str) -> None:
     compare(run_distributed, layout, ("model.tie_embeddings=true",), "[loss,optimizer]", 1e-5)
