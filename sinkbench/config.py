@@ -295,8 +295,8 @@ class TrainConfig(Section):
     global_batch_size: Sequences
     """sequences per step."""
     micro_batch_size: Sequences | None = None
-    """sequences per forward; default: the largest divisor that has at most 2^15 tokens, and
-    2^30 tokens x layers x hidden size."""
+    """sequences per forward; default: the largest divisor that has at most 2^15 tokens (2^16 on
+    a card that holds neither attention's scores nor all logits), and 2^30 tokens x layers x hidden size."""
     precision: Literal["fp32", "bf16"] = "bf16"
     recompute: Literal["none", "attention", "full"] = "none"
     """activations computed again in the backward pass."""

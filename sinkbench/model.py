@@ -15,6 +15,7 @@ from sinkbench.api import (
     PositionalSpec,
 )
 from sinkbench.attention.backends import Backend, Use, choose
+from sinkbench.batching import CARD_TOKENS, DEFAULT_TOKENS
 from sinkbench.config import Config, has_document_mask, padded_vocab_size
 from sinkbench.errors import PluginError, RecipeError
 
@@ -99,11 +100,8 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
 
 
 def _use(config: Config, positional: PositionalSpec, loss: LossSpec) -> Use:
-    import torch
-
-    cuda = config.train.device != "cpu" and torch.cuda.is_available()
     return Use(
-        device="cuda" if cuda else "cpu",
+        device=_device(config),
         head_size=config.model.head_dim,
         split_sequence=config.parallel.context > 1,
         position_bias=positional.score_bias is not None,
@@ -113,6 +111,27 @@ def _use(config: Config, positional: PositionalSpec, loss: LossSpec) -> Use:
         half=config.train.precision == "bf16",
         deterministic=config.train.deterministic,
     )
+
+
+def _device(config: Config) -> str:
+    import torch
+
+    return "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def most_tokens(config: Config, backend: str) -> int:
+    """Of a micro-batch whose size the recipe leaves open.
+
+    Args:
+        backend: which computes attention.
+    """
+    import torch
+
+    from sinkbench.megatron import fusions
+
+    device = torch.device(_device(config))
+    holds_all = backend == "eager" or "loss" not in fusions.chosen(config, device)
+    return DEFAULT_TOKENS if device.type == "cpu" or holds_all else CARD_TOKENS
 
 
 def _check_sink_token(config: Config) -> None:

@@ -25,7 +25,7 @@ from sinkbench.data.source import SequenceSource, open_source
 from sinkbench.errors import DataError, DivergedError, RecipeError, SinkbenchError, Stopped
 from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.measure.results import StepMetrics, write
-from sinkbench.model import Declarations, build_stages, declare
+from sinkbench.model import Declarations, build_stages, declare, most_tokens
 from sinkbench.progress import Bar, Sink, open_sinks
 from sinkbench.run_folder import RunFolder, folder_of, join, write_json
 from sinkbench.saving import Saver, load, newest_good, open_good
@@ -62,9 +62,10 @@ def train(config: Config, resolved: Resolved, source: SequenceSource | None = No
     from sinkbench.megatron import parallel
 
     deadline = Deadline(config.train.max_minutes)
-    micro_batch = micro_batch_size(config, data_parallel_size(config.parallel, parallel.world_size()))
+    data_size = data_parallel_size(config.parallel, parallel.world_size())
     source = open_source(config) if source is None else source
     declared = declare(config, resolved, source.vocab_size)
+    micro_batch = micro_batch_size(config, data_size, most_tokens(config, declared.backend.name))
     _check_needs(declared.loss, config, source)
     with parallel.running(config) as layout:
         return Trainer(config, resolved, declared, source, layout, micro_batch, deadline).run()

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sinkbench import recipe
-from sinkbench.batching import micro_batch_size
+from sinkbench.batching import CARD_TOKENS, DEFAULT_TOKENS, micro_batch_size
+from sinkbench.config import Config
+from sinkbench.model import most_tokens
+
+DATA = "data={source: bigram_backcopy}"
+
+
+def load(name: str, *overrides: str) -> Config:
+    return recipe.to_config(recipe.load(f"{name}.yaml", [DATA, *overrides]))
 
 
 @pytest.mark.parametrize(
@@ -19,5 +28,26 @@ from sinkbench.batching import micro_batch_size
     ],
 )
 def test_default_size(name: str, overrides: tuple[str, ...], ranks: int, size: int) -> None:
-    config = recipe.to_config(recipe.load(f"{name}.yaml", ["data={source: bigram_backcopy}", *overrides]))
-    assert micro_batch_size(config, ranks) == size
+    assert micro_batch_size(load(name, *overrides), ranks) == size
+
+
+@pytest.mark.parametrize(("name", "size"), [("default_60m", 32), ("default_1b", 8)])
+def test_size_on_a_card(name: str, size: int) -> None:
+    assert micro_batch_size(load(name), 1, CARD_TOKENS) == size
+
+
+@pytest.mark.parametrize(
+    ("card", "backend", "overrides", "tokens"),
+    [
+        (True, "sdpa", (), CARD_TOKENS),
+        (True, "eager", (), DEFAULT_TOKENS),
+        (True, "sdpa", ("train.fused=[layer]",), DEFAULT_TOKENS),
+        (True, "sdpa", ("train.device=cpu",), DEFAULT_TOKENS),
+        (False, "sdpa", ("train.fused=[loss]",), DEFAULT_TOKENS),
+    ],
+)
+def test_more_tokens_where_little_is_held(
+    monkeypatch: pytest.MonkeyPatch, card: bool, backend: str, overrides: tuple[str, ...], tokens: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
+    assert most_tokens(load("default_60m", *overrides), backend) == tokens
