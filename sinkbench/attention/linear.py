@@ -4,7 +4,8 @@
 
 (Katharopoulos et al. 2006.16236). Within a chunk by its matrix of scores; the chunks before come as one
 matrix, the sum of their k v^T. Factors of products have the inputs' dtype; products and sums are float32
-(float64 for such inputs).
+(float64 for such inputs). On CUDA in Triton kernels (``triton_linear``); on a CPU, and where they do not fit,
+in the same sums by torch, which ``causal_sums`` are.
 
 Shapes: b sequence of the batch, h head, g kv head, r head of a kv head, t position, n chunk, c position in
 it, d size of the features, e head size.
@@ -12,7 +13,10 @@ it, d size of the features, e head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,9 +25,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sinkbench.api import AttentionSpec, Elementwise
+from sinkbench.attention import fused
 from sinkbench.attention.reference import Problem, mapped, per_kv_head, scaled_and_biased, slot_value
 
+_log = logging.getLogger(__name__)
+
 CHUNK = 128
+"""Of the sums by torch."""
+LARGEST_SIZE = 256
+"""Of features and heads in the kernels."""
 
 
 def missing(spec: AttentionSpec) -> list[str]:
@@ -51,11 +61,17 @@ def run(p: Problem) -> Tensor:
     """O [b, h, q, d]."""
     rule, slot = p.spec.rule, p.spec.extra_slot
     assert isinstance(rule, Elementwise)
-    m = mapped(p)
+    m = _mapped(p)
     query, groups = m.query_bhqd, m.key_bgkd.shape[1]
-    sums = _compiled() if query.is_cuda else causal_sums
-    output, total = sums(query.unflatten(1, (groups, -1)), m.key_bgkd, m.value_bgkd, CHUNK)
-    output, total = output.flatten(1, 2) * p.scale, total.flatten(1, 2)[..., None] * p.scale
+    in_kernels = _in_kernels(query, m.key_bgkd, m.value_bgkd)
+    if in_kernels and slot is None:
+        from sinkbench.attention import triton_linear
+
+        output = triton_linear.attend(
+            query, m.key_bgkd, m.value_bgkd, normalize=rule.normalize, eps=rule.eps, scale=p.scale
+        )
+        return scaled_and_biased(p, output)
+    output, total = _sums(m, in_kernels)
     if slot is not None:
         key = per_kv_head(m, m.parameters[slot.key]).to(total.dtype)
         key = key.repeat_interleave(query.shape[1] // groups, 1)
@@ -68,6 +84,71 @@ def run(p: Problem) -> Tensor:
     elif rule.normalize:
         output = output / (total + rule.eps)
     return scaled_and_biased(p, output.to(p.value_bgkd.dtype))
+
+
+def _mapped(p: Problem) -> Problem:
+    """``mapped``, on CUDA with the feature map compiled: few passes over memory."""
+    feature_map = p.spec.feature_map
+    if feature_map is None or not p.query_bhqd.is_cuda:
+        return mapped(p)
+    function = _in_memory_order(_compiled_map(feature_map.function))
+    return mapped(replace(p, spec=replace(p.spec, feature_map=replace(feature_map, function=function))))
+
+
+Map = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
+@cache
+def _compiled_map(function: Map) -> Map:
+    return torch.compile(function, dynamic=False)
+
+
+def _in_memory_order(function: Map) -> Map:
+    """The map of x [..., d] with its dimensions as they lie in memory: a product of a transposed tensor would
+    copy it."""
+
+    def ordered(x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        order = sorted(range(x.dim() - 1), key=x.stride, reverse=True)
+        back = sorted(range(x.dim() - 1), key=order.__getitem__)
+        return function(x.permute(*order, -1), parameters).permute(*back, -1)
+
+    return ordered
+
+
+def _in_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the Triton kernels compute it. On a card it is said once why not."""
+    if not query.is_cuda:
+        return False
+    dtypes, sizes = {query.dtype, key.dtype, value.dtype}, (query.shape[-1], value.shape[-1])
+    lacks = {
+        "the package triton is not installed": not fused.is_installed(),
+        f"its dtype is {' and '.join(sorted(map(str, dtypes)))}": len(dtypes) > 1
+        or dtypes.isdisjoint({torch.float32, torch.bfloat16, torch.float16}),
+        f"its features are {sizes[0]} and its heads {sizes[1]}": max(sizes) > LARGEST_SIZE,
+    }
+    why = [what for what, there in lacks.items() if there]
+    if why:
+        _say(" and ".join(why))
+    return not why
+
+
+@cache
+def _say(why: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        _log.warning("kernel attention is computed by compiled torch, not by the Triton kernels: %s", why)
+
+
+def _sums(m: Problem, in_kernels: bool) -> tuple[Tensor, Tensor]:
+    """scale sum_{j <= i} (q_i.k_j) v_j [b, h, t, e] and scale sum_{j <= i} q_i.k_j [b, h, t, 1]."""
+    query, key, value = m.query_bhqd, m.key_bgkd, m.value_bgkd
+    if in_kernels:
+        from sinkbench.attention import triton_linear
+
+        output, total = triton_linear.sums(query, key, value, scale=m.scale)
+        return output, total[..., None]
+    by_torch = _compiled() if query.is_cuda else causal_sums
+    output, total = by_torch(query.unflatten(1, (key.shape[1], -1)), key, value, CHUNK)
+    return output.flatten(1, 2) * m.scale, total.flatten(1, 2)[..., None] * m.scale
 
 
 @cache

@@ -31,8 +31,12 @@ from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_elementwise import NORMALIZERS, is_wide, precision
 from sinkbench.attention.triton_linear_kernels import gradients, outputs, row_terms, running_sums
 
-SMALLEST_SIZE, LARGEST_SIZE = 16, 256
-"""Of the features and of a head, in the kernels. Smaller ones are padded."""
+SMALLEST_SIZE = 16
+"""What a product takes; less is padded."""
+STATE_BLOCK = 64
+"""Features and columns of the states that one program sums."""
+SMALLEST_CHUNK = 32
+"""The states of shorter ones would be many times the inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +144,13 @@ class _Call:
 
     def columns(self, size: int) -> int:
         """Of the result, in one program."""
-        return min(max(triton.next_power_of_2(size), SMALLEST_SIZE), self.widest)
+        padded: int = triton.next_power_of_2(size)
+        return min(max(padded, SMALLEST_SIZE), self.widest)
 
     def blocks(self, chosen: Tiles) -> dict[str, int]:
         """The sizes of a chunk's kernels: ``block_q`` positions, ``block_k`` features at a time."""
         options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-        return {"C": chosen.block_q, "BLOCK": chosen.block_k, **options}
+        return {"C": max(chosen.block_q, SMALLEST_CHUNK), "BLOCK": chosen.block_k, **options}
 
     def tiles(self, kernel: str, launch: Any) -> Tiles:
         s = self.s
@@ -167,7 +172,7 @@ class _Call:
         shape = (x.shape[0], self.groups, chunks, d)
         state = torch.empty(*shape, e, dtype=x.dtype, device=x.device)
         total = torch.empty(shape, dtype=torch.float32, device=x.device)
-        block = min(self.columns(max(d, e)), self.widest // 2 if self.widest > 32 else 32)
+        block = min(self.columns(max(d, e)), STATE_BLOCK)
         blocks = triton.cdiv(d, block)
         grid = (blocks * triton.cdiv(e, block) + (blocks if self.s.rows else 0), x.shape[0] * self.groups)
         running_sums[grid](
@@ -188,14 +193,15 @@ class _Call:
         columns = self.columns(e)
 
         def launch(chosen: Tiles) -> None:
-            state, keys = self.running_sums(k, v, chosen.block_q)
-            grid = (triton.cdiv(self.length, chosen.block_q), self.pairs, triton.cdiv(e, columns))
+            blocks = self.blocks(chosen)
+            state, keys = self.running_sums(k, v, blocks["C"])
+            grid = (triton.cdiv(self.length, blocks["C"]), self.pairs, triton.cdiv(e, columns))
             outputs[grid](
                 q, k, v, out, total, state, keys,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                 self.heads, self.group, self.length, s.scale, s.eps,
                 NORMALIZE=s.normalize, WIDE=is_wide(q, k, v, out), COLUMNS=columns,
-                **self.switches, **self.blocks(chosen),
+                **self.switches, **blocks,
             )  # fmt: skip
 
         launch(self.tiles("linear", launch))
@@ -222,13 +228,14 @@ class _Call:
         inputs = (q, k, v, grad, dq, dk, dv)
 
         def launch(chosen: Tiles) -> None:
-            before, keys = self.running_sums(k, v, chosen.block_q)
-            after, queries = self.running_sums(q, grad, chosen.block_q, (factor, delta))
-            gradients[(tasks, triton.cdiv(self.length, chosen.block_q), self.pairs)](
+            blocks = self.blocks(chosen)
+            before, keys = self.running_sums(k, v, blocks["C"])
+            after, queries = self.running_sums(q, grad, blocks["C"], (factor, delta))
+            gradients[(tasks, triton.cdiv(self.length, blocks["C"]), self.pairs)](
                 *inputs, factor, delta, before, keys, after, queries,
                 *(stride for x in inputs for stride in x.stride()[:3]),
                 self.heads, self.group, self.length, self.s.scale,
-                WIDE=is_wide(*inputs), COLUMNS=columns, **self.switches, **self.blocks(chosen),
+                WIDE=is_wide(*inputs), COLUMNS=columns, **self.switches, **blocks,
             )  # fmt: skip
 
         launch(self.tiles("linear gradients", launch))
