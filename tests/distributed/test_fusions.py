@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sinkbench.config import FUSIONS
 from sinkbench.testing import RunDistributed
 from tests.distributed.runs import LAYOUTS, SWIGLU, prepare
 
@@ -21,7 +22,10 @@ PARALLEL = ("model={parallel_residual: true, tie_embeddings: true, ffn: reglu}",
 
 
 def trained(
-    overrides: Sequence[str], z_loss: float = 0.0, hook: Callable[[Any], None] = lambda engine: None
+    overrides: Sequence[str],
+    z_loss: float = 0.0,
+    steps: int = STEPS,
+    hook: Callable[[Any], None] = lambda engine: None,
 ) -> tuple[list[float], list[float], list[Tensor]]:
     """Losses, gradient norms, and this rank's weights after a few steps of an engine that has hooks."""
     from dataclasses import replace
@@ -39,7 +43,7 @@ def trained(
     engine = Engine(config, build_stages(config, declared, place), place)
     hook(engine)
     losses, norms, share = [], [], BATCH // place.data_size
-    for step in range(STEPS):
+    for step in range(steps):
         tokens = torch.from_numpy(source.sequences(step * BATCH + place.data_rank * share, share)["tokens"])
         result = engine.train_step([declared.loss.transform({"tokens": part}) for part in tokens.split(2)])
         assert result.updated
@@ -201,3 +205,20 @@ def test_layers_share_one_graph_without_breaks(run_distributed: RunDistributed) 
 @pytest.mark.full
 def test_everything_at_once(run_distributed: RunDistributed) -> None:
     compare(run_distributed, "tensor pipeline", SANDWICH, "[loss,layer,gradients,optimizer]", 1e-5)
+
+
+def rank_draws_curves(rank: int, world_size: int) -> dict[str, list[float]]:
+    """Losses of 200 steps without any fusion, and with each alone."""
+    steps = 200
+    overrides = (*TINY, *PRE, f"train.steps={steps}", "optim.lr=0.003")
+    return {name: trained((*overrides, f"train.fused=[{name}]"), steps=steps)[0] for name in ("", *FUSIONS)}
+
+
+@pytest.mark.full
+def test_the_curve_is_the_same_with_each_fusion(run_distributed: RunDistributed) -> None:
+    (curves,) = run_distributed(1, rank_draws_curves, timeout=580)
+    plain = curves.pop("")
+    assert plain[-1] < plain[0]
+    assert set(curves) == set(FUSIONS)
+    for name, curve in curves.items():
+        assert curve == pytest.approx(plain, rel=1e-5), name

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.reliability import whole_tensors
+from sinkbench.config import FUSIONS
 from sinkbench.failpoints import VARIABLE
 from sinkbench.testing import RankFailure, RunDistributed
 from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train
@@ -129,12 +130,26 @@ def test_other_layout_goes_on(
     )
 
 
-@pytest.mark.parametrize("layout", ["", pytest.param("tensor", marks=pytest.mark.full)])
-def test_random_states_go_on(run_distributed: RunDistributed, tmp_path: Path, layout: str) -> None:
-    """Dropout after the checkpoint draws what it would have drawn."""
-    expected = train(run_distributed, tmp_path / "whole", (*RECIPE, DROPOUT), layout)
+@pytest.mark.parametrize(
+    ("layout", "fused"),
+    [
+        ("", ",".join(FUSIONS)),
+        pytest.param("", "", marks=pytest.mark.full),
+        pytest.param("tensor", "", marks=pytest.mark.full),
+        *(
+            pytest.param(layout, ",".join(FUSIONS), marks=pytest.mark.full)
+            for layout in ("data", "sequence", "tensor pipeline")
+        ),
+    ],
+)
+def test_random_states_go_on(
+    run_distributed: RunDistributed, tmp_path: Path, layout: str, fused: str
+) -> None:
+    """Dropout after the checkpoint draws what it would have drawn, and fused parts give the same curve."""
+    recipe = (*RECIPE, DROPOUT, f"train.fused=[{fused}]")
+    expected = train(run_distributed, tmp_path / "whole", recipe, layout)
     stopped(expected, tmp_path / "stopped")
-    assert_identical(train(run_distributed, tmp_path / "stopped", (*RECIPE, DROPOUT), layout), expected)
+    assert_identical(train(run_distributed, tmp_path / "stopped", recipe, layout), expected)
 
 
 def rank_fails_and_goes_on(rank: int, world_size: int, arguments: list[str]) -> None:
