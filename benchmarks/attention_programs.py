@@ -36,16 +36,22 @@ Shape = tuple[int, int, int, int]
 class Variant:
     """Attributes:
     prefix: share of the positions that see one another.
+    document: positions of each document, which alone they see; 0 for one document.
     """
 
     attention: str
     params: dict[str, Any]
     positional: str = "none"
     prefix: float = 0.0
+    document: int = 0
 
 
-def variant(attention: str, positional: str = "none", prefix: float = 0.0, **params: Any) -> Variant:
-    return Variant(attention=attention, params=params, positional=positional, prefix=prefix)
+def variant(
+    attention: str, positional: str = "none", prefix: float = 0.0, document: int = 0, **params: Any
+) -> Variant:
+    return Variant(
+        attention=attention, params=params, positional=positional, prefix=prefix, document=document
+    )
 
 
 VARIANTS = {
@@ -59,6 +65,8 @@ VARIANTS = {
     "softmax, T5 bias": variant("softmax", positional="t5"),
     "softmax, window 128": variant("softmax", window=128),
     "softmax, prefix": variant("softmax", prefix=0.25),
+    "softmax, documents": variant("softmax", document=500),
+    "softmax, one document": variant("softmax", document=2**20),
     "sigmoid, unnormalised": variant("sigmoid", normalize=False),
     "sigmoid, normalised": variant("sigmoid"),
     "sigmoid, learned bias": variant("sigmoid", normalize=False, bias="learned"),
@@ -66,6 +74,8 @@ VARIANTS = {
     "sigmoid, T5 bias": variant("sigmoid", positional="t5"),
     "sigmoid, window 128": variant("sigmoid", normalize=False, window=128),
     "sigmoid, prefix": variant("sigmoid", prefix=0.25),
+    "sigmoid, documents": variant("sigmoid", document=500),
+    "sigmoid, one document": variant("sigmoid", document=2**20),
     "elu+1, unnormalised": variant("elu", normalize=False),
     "elu+1, normalised": variant("elu"),
     "kernel identity": variant("kernel_identity"),
@@ -147,6 +157,8 @@ def problem(name: str, shape: Shape, device: str) -> Problem:
         return x.normal_(declared.mean, declared.std).requires_grad_()
 
     position = torch.arange(length, device=device)
+    document = VARIANTS[name].document
+    start = (position // document * document).int().expand(batch, -1) if document else None
     return Problem(
         spec=spec,
         query_bhqd=random(),
@@ -161,6 +173,7 @@ def problem(name: str, shape: Shape, device: str) -> Problem:
         position_bias=bias,
         position_parameters={n: parameter(d) for n, d in bias.parameters.items()} if bias else {},
         prefix=int(VARIANTS[name].prefix * length),
+        document_start_bk=start,
     )
 
 
@@ -172,6 +185,7 @@ def use_of(name: str, shape: Shape, device: str, *, deterministic: bool = False)
         position_bias=bias is not None,
         learned_bias=bias is not None and bool(bias.parameters),
         prefix=VARIANTS[name].prefix > 0,
+        documents=VARIANTS[name].document > 0,
         deterministic=deterministic,
     )
 
@@ -191,7 +205,7 @@ def cases(shape: Shape, name: str, device: str) -> Iterator[Case]:
         yield case(program="flash-attn 2", run=flash_attn_2, missing=_not_installed("flash_attn_2_cuda"))
     if name == "sigmoid, unnormalised":
         yield case(program="triton-sigmoid", run=triton_sigmoid, missing=_not_installed("triton_sigmoid"))
-    missing = " or ".join(importance.missing(spec, head_size))
+    missing = "documents" if use.documents else " or ".join(importance.missing(spec, head_size))
     for count in (KEYS, length):
         yield case(
             program=importance_of(count), run=partial(key_sums, count), missing=missing, backward=False
