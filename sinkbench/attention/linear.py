@@ -119,23 +119,28 @@ def _in_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the Triton kernels compute it. On a card it is said once why not."""
     if not query.is_cuda:
         return False
-    dtypes, sizes = {query.dtype, key.dtype, value.dtype}, (query.shape[-1], value.shape[-1])
+    lacks = kernels_lack(query, key, value)
+    if lacks:
+        _say(" and ".join(lacks))
+    return not lacks
+
+
+def kernels_lack(query: Tensor, key: Tensor, value: Tensor) -> list[str]:
+    """Why the Triton kernels cannot compute the sums of these features and values; empty if they can."""
+    dtypes, largest = {query.dtype, key.dtype, value.dtype}, max(query.shape[-1], value.shape[-1])
+    known = {torch.float32, torch.bfloat16, torch.float16}
     lacks = {
         "the package triton is not installed": not fused.is_installed(),
-        f"its dtype is {' and '.join(sorted(map(str, dtypes)))}": len(dtypes) > 1
-        or dtypes.isdisjoint({torch.float32, torch.bfloat16, torch.float16}),
-        f"its features are {sizes[0]} and its heads {sizes[1]}": max(sizes) > LARGEST_SIZE,
+        f"its tensors are {' and '.join(sorted(map(str, dtypes)))}": len(dtypes) > 1 or not dtypes <= known,
+        f"its features or heads have {largest} dimensions": largest > LARGEST_SIZE,
     }
-    why = [what for what, there in lacks.items() if there]
-    if why:
-        _say(" and ".join(why))
-    return not why
+    return [what for what, there in lacks.items() if there]
 
 
 @cache
 def _say(why: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        _log.warning("kernel attention is computed by compiled torch, not by the Triton kernels: %s", why)
+        _log.warning("kernel attention is computed by compiled torch, not by its Triton kernels, as %s", why)
 
 
 def _sums(m: Problem, in_kernels: bool) -> tuple[Tensor, Tensor]:
