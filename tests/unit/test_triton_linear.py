@@ -1,4 +1,4 @@
-"""Kernel attention in Triton against float64: on a card, or in Triton's interpreter where the package is there."""
+"""The kernels of kernel attention against float64: on a card, or in Triton's interpreter if it is there."""
 
 from __future__ import annotations
 
