@@ -109,7 +109,6 @@ def _missing_triton(spec: AttentionSpec, use: Use) -> list[str]:
     lacks = {
         "attention on a CPU": use.device == "cpu",
         "a sequence split by context parallelism": use.split_sequence,
-        DOCUMENTS: use.documents,
     }
     found = [*(what for what, wanted in lacks.items() if wanted), *fused.missing(spec, use.head_size)]
     return found or fused.missing_function(spec.rule)  # which takes a second, so only where it decides

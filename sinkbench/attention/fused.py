@@ -59,7 +59,12 @@ def run(p: Problem) -> Tensor:
     tensors, rule, window = (p.query_bhqd, p.key_bgkd, p.value_bgkd), p.spec.rule, p.spec.window
     if isinstance(rule, Softmax):
         output, lse = triton_elementwise.softmax(
-            *tensors, scale=p.scale, window=window, prefix=p.prefix, **position(p)
+            *tensors,
+            scale=p.scale,
+            window=window,
+            prefix=p.prefix,
+            document_start_bt=p.document_start_bk,
+            **position(p),
         )
         return scaled_and_biased(p, sdpa.with_more(p, output, lse))
     assert isinstance(rule, Elementwise)
@@ -75,6 +80,7 @@ def run(p: Problem) -> Tensor:
         bias_h=score_bias(p),
         window=window,
         prefix=p.prefix,
+        document_start_bt=p.document_start_bk,
         **position(p),
     )
     return scaled_and_biased(p, output)

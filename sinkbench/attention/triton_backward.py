@@ -13,6 +13,7 @@ from sinkbench.attention.triton_blocks import (
     far_keys,
     far_queries,
     key_range,
+    load_documents,
     load_position,
     load_rows,
     look_up,
@@ -74,10 +75,10 @@ def divide_gradient(
 def _backward_keys_block(
     at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope,
     q_ptr, do_ptr, delta_ptr, lse_ptr, stride_qt, stride_dot, first, second,
-    length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
+    length, scale, bias, window, prefix, documents_ptr, position_ptr, slope, by_key, ahead,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
-    SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
+    SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     rows = at + tl.arange(0, BLOCK_Q)
@@ -99,7 +100,10 @@ def _backward_keys_block(
     p = F(s)
     ds = DF(s, p)
     if MASK:
-        allowed = visible(rows[None, :], keys[:, None], window, prefix, WINDOW, PREFIX)
+        since = load_documents(documents_ptr, rows, DOCUMENTS)
+        allowed = visible(
+            rows[None, :], keys[:, None], since[None, :], window, prefix, WINDOW, PREFIX, DOCUMENTS
+        )
         p = tl.where(allowed, p, 0.0)
         ds = tl.where(allowed, ds, 0.0)
     if NORMALIZE:
@@ -122,15 +126,15 @@ def _backward_keys_block(
 @triton.jit
 def backward_keys(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, delta_ptr, lse_ptr, bias_ptr, position_ptr,
-    db_ptr, dslope_ptr,
+    documents_ptr, db_ptr, dslope_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dkb, stride_dkh, stride_dkt,
     heads, group, length, scale, window, prefix, ahead, count, constant_from,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of keys and values, for the queries of one head: those of a kv head's
     other heads are added outside."""
@@ -142,6 +146,7 @@ def backward_keys(
     k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + (head // group).to(tl.int64) * stride_vh
     position_ptr += head.to(tl.int64) * count
+    documents_ptr += rows_of(2 * batch, length)
     dk_ptr += batch * stride_dkb + head.to(tl.int64) * stride_dkh
     dv_ptr += batch * stride_dkb + head.to(tl.int64) * stride_dkh
     delta_ptr += rows_of(pair, length)
@@ -161,35 +166,37 @@ def backward_keys(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3, UNIT)
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
     # Queries beyond the end, in the last block, have a gradient of 0.
-    start, masked_end, end = query_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
+    start, masked_end, end = query_range(
+        block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
+    )
     far = end
-    if POSITION == 2 and not WINDOW:
+    if POSITION == 2 and not WINDOW and not DOCUMENTS:
         far = far_queries(block, masked_end, end, constant_from, BLOCK_Q, BLOCK_K)
     for at in range(start, masked_end, BLOCK_Q):
         dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
             at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
             stride_qt, stride_dot, first, second,
-            length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT,
-            D1, BLOCK_Q)  # fmt: skip
+            length, scale * UNIT, bias, window, prefix, documents_ptr, position_ptr, slope, by_key,
+            ahead, F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True, PRECISION,
+            WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
     for at in range(masked_end, far, BLOCK_Q):
         dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
             at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
             stride_qt, stride_dot, first, second,
-            length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
-            D1, BLOCK_Q)  # fmt: skip
-    if POSITION == 2 and not WINDOW:
+            length, scale * UNIT, bias, window, prefix, documents_ptr, position_ptr, slope, by_key,
+            ahead, F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False, PRECISION,
+            WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
+    if POSITION == 2 and not WINDOW and not DOCUMENTS:
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(far, end, BLOCK_Q):
             dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
                 at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
                 stride_qt, stride_dot, first, second,
-                length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key, ahead,
-                F, DF, NORMALIZE, 0, SLOPE_GRADIENT, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
-                D1, BLOCK_Q)  # fmt: skip
+                length, scale * UNIT, farthest, window, prefix, documents_ptr, position_ptr, slope,
+                by_key, ahead, F, DF, NORMALIZE, 0, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False,
+                PRECISION, WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
     inside = (keys < length)[:, None]
     at_keys = at_rows(keys, stride_dkt, WIDE)
     tl.store(dk_ptr + at_keys + first[None, :], (dk0 * scale).to(dk_ptr.dtype.element_ty), mask=inside)
@@ -205,11 +212,12 @@ def backward_keys(
 
 @triton.jit
 def _backward_queries_block(
-    at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
+    at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
     first, second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
-    WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
@@ -229,7 +237,10 @@ def _backward_queries_block(
         s -= lse[:, None]
     ds = DF(s, F(s))
     if MASK:
-        ds = tl.where(visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX), ds, 0.0)
+        seen = visible(
+            rows[:, None], keys[None, :], since[:, None], window, prefix, WINDOW, PREFIX, DOCUMENTS
+        )
+        ds = tl.where(seen, ds, 0.0)
     if NORMALIZE:
         dp -= delta[:, None]
     ds = ds * dp
@@ -242,15 +253,15 @@ def _backward_queries_block(
 
 @triton.jit
 def backward_queries(
-    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, delta_ptr, lse_ptr, bias_ptr, position_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, delta_ptr, lse_ptr, bias_ptr, position_ptr, documents_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dqb, stride_dqh, stride_dqt,
     heads, group, length, scale, window, prefix, ahead, count, constant_from,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
-    POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     head = pair % heads
@@ -261,7 +272,9 @@ def backward_queries(
     k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + (head // group).to(tl.int64) * stride_vh
     position_ptr += head.to(tl.int64) * count
+    documents_ptr += rows_of(2 * batch, length)
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    since = load_documents(documents_ptr, rows, DOCUMENTS)
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
     do0 = load_rows(do_ptr, rows, first, stride_dot, length, True, WIDE)
@@ -279,28 +292,31 @@ def backward_queries(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3, UNIT)
-    start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
-    if POSITION == 2 and not WINDOW:
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
+    start, unmasked, end = key_range(
+        block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
+    )
+    if POSITION == 2 and not WINDOW and not DOCUMENTS:
         near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(start, near, BLOCK_K):
             dq0, dq1 = _backward_queries_block(
-                at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt, first,
-                second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key, ahead,
-                F, DF, NORMALIZE, 0, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K)  # fmt: skip
+                at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
+                first, second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key,
+                ahead, F, DF, NORMALIZE, 0, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
+                D1, BLOCK_K)  # fmt: skip
         start = near
     for at in range(start, unmasked, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
-            at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
+            at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
             first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT,
+            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
             D1, BLOCK_K)  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
-            at, rows, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
+            at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
             first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT,
+            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT,
             D1, BLOCK_K)  # fmt: skip
     dq_rows = dq_ptr + at_rows(rows, stride_dqt, WIDE)
     tl.store(dq_rows + first[None, :], (dq0 * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])

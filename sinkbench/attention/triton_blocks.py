@@ -1,10 +1,11 @@
 """What the Triton kernels of attention share: loads, masks, biases, and which blocks see one another.
 
 What a variant does not need is switched off at compile time. WINDOW: a query sees the newest ``window`` keys
-only. PREFIX: the first ``prefix`` positions, at most the length, see one another. POSITION: 0 for no bias by
-distance, 1 for -slope |i - j|, 2 for a table over the distances from ``-ahead`` on, which goes on beyond all
-blocks. WIDE: offsets within a tensor exceed 32 bits. UNIT: factor on scores and their biases, log2 e for a
-softmax, whose weights are powers of two, else 1.
+only. PREFIX: the first ``prefix`` positions, at most the length, see one another. DOCUMENTS, not together
+with PREFIX: a query sees keys of its own document only. POSITION: 0 for no bias by distance, 1 for
+-slope |i - j|, 2 for a table over the distances from ``-ahead`` on, which goes on beyond all blocks. WIDE:
+offsets within a tensor exceed 32 bits. UNIT: factor on scores and their biases, log2 e for a softmax, whose
+weights are powers of two, else 1.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ else:
 @triton.jit
 def rows_of(pair, length):
     """Where the rows of a sequence's head begin in what has room for whole blocks of them."""
-    return pair.to(tl.int64) * (tl.cdiv(length, 128) * 128)
+    return tl.cast(pair, tl.int64) * (tl.cdiv(length, 128) * 128)
 
 
 @triton.jit
@@ -63,16 +64,16 @@ def dot(a, b, c, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_position(position_ptr, POSITION: tl.constexpr, SOFTMAX: tl.constexpr, UNIT: tl.constexpr):
+def load_position(position_ptr, POSITION: tl.constexpr, BY_KEY: tl.constexpr, UNIT: tl.constexpr):
     """A head's slope m, and which of two forms its bias has. A softmax does not see what is added to a whole
     row, so where m < 0 favours far keys, the bias of row i and key j is m j in the place of -m (i - j): what
-    has weight then has a small bias, and what rounds a large one has no weight. A table is read by
-    distance."""
+    has weight then has a small bias, and what rounds a large one has no weight. (Not in a document that
+    begins late, where j is large.) A table is read by distance."""
     slope = 0.0
     if POSITION == 1:
         slope = tl.load(position_ptr) * UNIT
     by_key = False
-    if SOFTMAX:
+    if BY_KEY:
         by_key = slope < 0.0
     return slope, by_key
 
@@ -123,9 +124,27 @@ def itself(s, p):
 
 
 @triton.jit
-def visible(row, key, window, prefix, WINDOW: tl.constexpr, PREFIX: tl.constexpr):
-    """Whether a query sees a key. ``row`` and ``key`` broadcast to the shape of the scores."""
+def load_documents(documents_ptr, rows, DOCUMENTS: tl.constexpr):
+    """Where the documents of rows begin.
+
+    Args:
+        documents_ptr: of a sequence: where the document of each position begins, then where it ends.
+    """
+    since = rows
+    if DOCUMENTS:
+        since = tl.load(documents_ptr + rows)
+    return since
+
+
+@triton.jit
+def visible(
+    row, key, since, window, prefix, WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr
+):
+    """Whether a query sees a key. ``row``, ``key`` and ``since``, of ``load_documents``, broadcast to the
+    shape of the scores."""
     allowed = row >= key
+    if DOCUMENTS:
+        allowed = allowed & (key >= since)
     if WINDOW:
         allowed = allowed & (row - key < window)
     if PREFIX:
@@ -135,8 +154,9 @@ def visible(row, key, window, prefix, WINDOW: tl.constexpr, PREFIX: tl.constexpr
 
 @triton.jit
 def key_range(
-    block, length, window, prefix,
-    WINDOW: tl.constexpr, PREFIX: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    block, length, window, prefix, documents_ptr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """First and last key that a block of queries sees; in between, the end of the keys that every query of
     the block sees, which begin with the first."""
@@ -154,6 +174,9 @@ def key_range(
             unmasked = start
         else:
             unmasked = tl.where(row + BLOCK_Q <= prefix, prefix // BLOCK_K * BLOCK_K, unmasked)
+    if DOCUMENTS:  # later rows' documents begin later
+        start = tl.maximum(start, tl.load(documents_ptr + row) // BLOCK_K * BLOCK_K)
+        unmasked = start
     return start, unmasked, end
 
 
@@ -166,8 +189,9 @@ def far_keys(block, start, unmasked, constant_from, BLOCK_Q: tl.constexpr, BLOCK
 
 @triton.jit
 def query_range(
-    block, length, window, prefix,
-    WINDOW: tl.constexpr, PREFIX: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    block, length, window, prefix, documents_ptr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """First and last query that sees some key of a block; in between, the first of those that see every key
     of it, which go on to the last."""
@@ -181,7 +205,10 @@ def query_range(
         start = tl.where(key < prefix, 0, start)
         end = tl.where(key < prefix, tl.maximum(end, prefix), end)
         masked_end = tl.where(key + BLOCK_K <= prefix, 0, masked_end)
-    if WINDOW:
+    if DOCUMENTS:
+        last = tl.minimum(key + BLOCK_K, length) - 1
+        end = tl.minimum(end, tl.load(documents_ptr + rows_of(1, length) + last))
+    if WINDOW or DOCUMENTS:
         masked_end = end
     return start, masked_end, end
 

@@ -95,37 +95,47 @@ def padded_table(table_hn: Tensor, ahead: int, length: int) -> Tensor:
     return pad(table_hn[None], (ROW_BLOCK, behind), mode="replicate")[0].contiguous()
 
 
+def bounds(start_bt: Tensor) -> Tensor:
+    """Where the document of each position begins and ends, int32 [b, 2, t], with room for whole blocks."""
+    start = start_bt.int().contiguous()
+    position = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
+    # Documents begin later and later: what began up to here ends where the next one begins.
+    end = torch.searchsorted(start, position.contiguous(), right=True, out_int32=True)
+    return pad(torch.stack([start, end], 1), (0, -start.shape[1] % ROW_BLOCK))
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, position: Tensor | None, s: Settings
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, position: Tensor | None,
+        documents: Tensor | None, s: Settings,
+    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         batch, heads, length, _ = q.shape
         out = _by_position(q)
         size = (batch, heads, length) if s.normalize else (1,)
         rows = torch.empty(size, dtype=torch.float32, device=q.device)
-        call = _Call(q, k, v, bias, position, s, rows)
+        call = _Call(q, k, v, bias, position, documents, s, rows)
 
         def launch(chosen: Tiles) -> None:
             forward[(triton.cdiv(length, chosen.block_q), batch * heads)](
-                q, k, v, out, rows, call.bias, call.position,
+                q, k, v, out, rows, call.bias, call.position, call.documents,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
                 heads, call.group, length, s.scale, s.eps, *call.mask,
                 F=s.function, WIDE=is_wide(q, k, v, out), **call.switches, **chosen.options(),
             )  # fmt: skip
 
         launch(call.tiles("forward", launch))
-        ctx.save_for_backward(q, k, v, bias, position, out if s.normalize else None, rows)
+        ctx.save_for_backward(q, k, v, bias, position, documents, out if s.normalize else None, rows)
         ctx.settings = s
         return (out, rows) if s.normalize == SOFTMAX else out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *of_rows: Tensor) -> tuple[Any, ...]:
-        q, k, v, bias, position, out, rows = ctx.saved_tensors
+        q, k, v, bias, position, documents, out, rows = ctx.saved_tensors
         s: Settings = ctx.settings
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        call = _Call(q, k, v, bias, position, s, rows)
+        call = _Call(q, k, v, bias, position, documents, s, rows)
         by_row: Sequence[Tensor] = (rows, rows)
         if s.normalize:
             grad, *by_row = call.divided_gradient(grad, out, of_rows[0].contiguous() if of_rows else rows)
@@ -141,20 +151,21 @@ class _Attention(torch.autograd.Function):
                 # All of dS, which a softmax's weights leave in the log-sum-exp alone, less that of the rest.
                 total = of_rows[0].sum((0, 2)) if s.normalize == SOFTMAX else db.sum((0, 2))
                 dposition[:, -1] = total - dposition[:, :-1].sum(1)
-        return dq, dk, dv, dbias, dposition, None
+        return dq, dk, dv, dbias, dposition, None, None
 
 
 class _Call:
     """The arguments that the kernels of one call share."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, position: Tensor | None, s: Settings,
-        rows: Tensor,
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, position: Tensor | None,
+        documents: Tensor | None, s: Settings, rows: Tensor,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.s, self.rows = q, k, v, s, rows
         self.group = q.shape[1] // k.shape[1]
         self.bias = rows if bias is None else bias.float().contiguous()  # unused if there is none
         self.position = rows if position is None else position
+        self.documents = rows if documents is None else documents
         self.last = 0  # distance of the table
         self.mask: tuple[int, ...] = (s.window or 0, s.prefix, 0, 1, 0)
         if position is not None and s.position == TABLE:
@@ -170,6 +181,7 @@ class _Call:
             "POSITION": s.position,
             "WINDOW": s.window is not None,
             "PREFIX": s.prefix > 0,
+            "DOCUMENTS": documents is not None,
             "PRECISION": precision(q),
             "UNIT": math.log2(math.e) if s.normalize == SOFTMAX else 1.0,
             "D0": d0,
@@ -182,9 +194,9 @@ class _Call:
 
     def tiles(self, kernel: str, launch: Callable[[Tiles], object]) -> Tiles:
         s = self.s
-        masks = {"window": s.window is not None, "prefix": s.prefix > 0}
+        masks = [mask for mask in ("WINDOW", "PREFIX", "DOCUMENTS") if self.switches[mask]]
         variant = {
-            "mask": "+".join(name for name, there in masks.items() if there) or "causal",
+            "mask": "+".join(masks).lower() or "causal",
             "function": f"{s.function.__module__}.{s.function.__name__}",
             "normalize": s.normalize,
             "position": s.position,
@@ -223,7 +235,7 @@ class _Call:
         def launch(chosen: Tiles) -> int:
             blocks: int = triton.cdiv(length, chosen.block_k)
             backward_keys[(blocks, batch * heads)](
-                q, k, v, grad, dk, dv, *by_row, self.bias, self.position, db, dslope,
+                q, k, v, grad, dk, dv, *by_row, self.bias, self.position, self.documents, db, dslope,
                 *self.strides, *grad.stride()[:3], *dk.stride()[:3],
                 heads, self.group, length, s.scale, *self.mask,
                 F=s.function, DF=s.derivative, SLOPE_GRADIENT=slope, WIDE=is_wide(q, k, v, grad, dk),
@@ -245,7 +257,7 @@ class _Call:
 
         def launch(chosen: Tiles) -> None:
             backward_queries[(triton.cdiv(length, chosen.block_q), batch * heads)](
-                q, k, v, grad, dq, *by_row, self.bias, self.position,
+                q, k, v, grad, dq, *by_row, self.bias, self.position, self.documents,
                 *self.strides, *grad.stride()[:3], *dq.stride()[:3],
                 heads, self.group, length, s.scale, *self.mask,
                 F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad, dq),
@@ -274,7 +286,7 @@ class _Call:
         blocks = torch.empty(parts, heads, grid[0], size, size, dtype=torch.float32, device=q.device)
         switches = {name: value for name, value in self.switches.items() if name != "POSITION"}
         table_gradient[grid](
-            q, k, v, grad, *by_row, self.bias, self.position, blocks,
+            q, k, v, grad, *by_row, self.bias, self.position, self.documents, blocks,
             *self.strides, *grad.stride()[:3],
             batch, heads, self.group, length, s.scale, *self.mask, nearest,
             F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad), BLOCK=size, **switches,
@@ -298,6 +310,7 @@ def attend(
     prefix: int = 0,
     slope_h: Tensor | None = None,
     table_hn: Tensor | None = None,
+    document_start_bt: Tensor | None = None,
 ) -> Tensor:
     """O [b, h, t, d] of the inputs' dtype.
 
@@ -313,6 +326,8 @@ def attend(
         slope_h: -slope |i - j| is added to the scores; not together with ``table_hn``.
         table_hn: what is added to the scores by the distance i - j, from max(prefix - 1, 0) positions ahead
             to t - 1 behind, or to where the rest is as the last.
+        document_start_bt: where the document of each position begins: a query sees keys of its own only. Not
+            together with a prefix.
     """
     if table_hn is not None and table_hn.requires_grad and bias_h is None:
         bias_h = table_hn.new_zeros(table_hn.shape[0])  # for the sum of dS, see the backward pass
@@ -322,6 +337,7 @@ def attend(
         slope_h,
         table_hn,
         prefix,
+        document_start_bt,
         function=function,
         derivative=derivative,
         normalize=NORMALIZERS[normalize],
@@ -342,6 +358,7 @@ def softmax(
     prefix: int = 0,
     slope_h: Tensor | None = None,
     table_hn: Tensor | None = None,
+    document_start_bt: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """O [b, h, t, d] of the inputs' dtype, and log sum exp of the scores [b, h, t], float32; both can be
     differentiated. Arguments as for ``attend``. A row without weights gives 0 and minus infinity."""
@@ -351,6 +368,7 @@ def softmax(
         slope_h,
         table_hn,
         prefix,
+        document_start_bt,
         function=power_of_two,
         derivative=itself,
         normalize=SOFTMAX,
@@ -358,7 +376,7 @@ def softmax(
         scale=scale,
         window=window,
     )
-    if slope_h is not None:
+    if slope_h is not None and document_start_bt is None:
         # See ``load_position``: the kernels add as much to the rows of a rising slope.
         position = torch.arange(log_sum.shape[2], device=log_sum.device)
         log_sum = log_sum - slope_h.clamp(max=0.0).float()[:, None] * position
@@ -371,6 +389,7 @@ def _apply(
     slope: Tensor | None,
     table: Tensor | None,
     prefix: int,
+    document_start_bt: Tensor | None,
     **settings: Any,
 ) -> Any:
     prefix = min(prefix, qkv[0].shape[2])
@@ -380,4 +399,5 @@ def _apply(
     if table is not None:
         position, kind = table.float().contiguous(), TABLE
     s = Settings(prefix=prefix, ahead=max(prefix - 1, 0), position=kind, **settings)
-    return _Attention.apply(*qkv, bias, position, s)
+    documents = None if document_start_bt is None else bounds(document_start_bt)
+    return _Attention.apply(*qkv, bias, position, documents, s)

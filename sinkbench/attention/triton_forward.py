@@ -11,20 +11,22 @@ from sinkbench.attention.triton_blocks import (
     dot,
     far_keys,
     key_range,
+    load_documents,
     load_position,
     load_rows,
     look_up,
+    rows_of,
     visible,
 )
 
 
 @triton.jit
 def _forward_block(
-    at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
+    at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
     length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
     F: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
-    PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+    PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
@@ -35,9 +37,12 @@ def _forward_block(
     s = add_position(
         s, rows[:, None], keys[None, :], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
     )
+    if MASK:
+        seen = visible(
+            rows[:, None], keys[None, :], since[:, None], window, prefix, WINDOW, PREFIX, DOCUMENTS
+        )
     if NORMALIZE == 3:
         if MASK:
-            seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
             s = tl.where(seen, s, float("-inf"))
         now = tl.maximum(largest, tl.max(s, 1))
         # A row may have seen no key yet: then it has no largest score to be compared with.
@@ -52,7 +57,7 @@ def _forward_block(
     else:
         p = F(s)
         if MASK:
-            p = tl.where(visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX), p, 0.0)
+            p = tl.where(seen, p, 0.0)
         if NORMALIZE:
             r += tl.sum(p, 1)
     p = p.to(q0.dtype)
@@ -64,13 +69,14 @@ def _forward_block(
 
 @triton.jit
 def forward(
-    q_ptr, k_ptr, v_ptr, o_ptr, r_ptr, bias_ptr, position_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, r_ptr, bias_ptr, position_ptr, documents_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
     heads, group, length, scale, eps, window, prefix, ahead, count, constant_from,
     F: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
-    WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The outputs of one block of queries, and with NORMALIZE what their rows are divided by: 1 for the sum
     + eps, 2 for max(|sum|, 1), of which the sum is stored, 3 for the sum of a softmax, of which the logarithm
@@ -83,7 +89,9 @@ def forward(
     k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
     v_ptr += batch * stride_vb + (head // group).to(tl.int64) * stride_vh
     position_ptr += head.to(tl.int64) * count
+    documents_ptr += rows_of(2 * batch, length)
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    since = load_documents(documents_ptr, rows, DOCUMENTS)
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
     q1 = load_rows(q_ptr, rows, second, stride_qt, length, D1 > 1, WIDE)
@@ -92,32 +100,34 @@ def forward(
     r = tl.zeros([BLOCK_Q], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     scale *= UNIT
-    bias = 0.0
+    bias = -0.0  # the compiler leaves out the addition of this zero, but not of the other
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3, UNIT)
-    start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
-    if POSITION == 2 and not WINDOW:
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
+    start, unmasked, end = key_range(
+        block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
+    )
+    if POSITION == 2 and not WINDOW and not DOCUMENTS:
         near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(start, near, BLOCK_K):
             o0, o1, r, largest = _forward_block(
-                at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
-                length, scale, farthest, window, prefix, position_ptr, slope, by_key, ahead,
-                F, NORMALIZE, 0, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+                at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first,
+                second, length, scale, farthest, window, prefix, position_ptr, slope, by_key, ahead,
+                F, NORMALIZE, 0, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
             )  # fmt: skip
         start = near
     for at in range(start, unmasked, BLOCK_K):
         o0, o1, r, largest = _forward_block(
-            at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, NORMALIZE, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+            at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first,
+            second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
+            F, NORMALIZE, POSITION, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         o0, o1, r, largest = _forward_block(
-            at, rows, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, NORMALIZE, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+            at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first,
+            second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
+            F, NORMALIZE, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     inside = rows < length
     if NORMALIZE:

@@ -54,7 +54,7 @@ def _row_sums_block(
     )
     if SOFTMAX:
         if MASK:
-            seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
+            seen = visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False)
             s = tl.where(seen, s, float("-inf"))
         now = tl.maximum(largest, tl.max(s, 1))
         # A row may have seen no key yet: then it has no largest score to be compared with.
@@ -64,7 +64,9 @@ def _row_sums_block(
     else:
         p = F(s)
         if MASK:
-            p = tl.where(visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX), p, 0.0)
+            p = tl.where(
+                visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False), p, 0.0
+            )
         total += tl.sum(p, 1)
         absolute += tl.sum(tl.abs(p), 1)
     return total, absolute, largest
@@ -97,7 +99,9 @@ def _row_sums(
     total = tl.zeros([BLOCK_Q], tl.float32)
     absolute = tl.zeros([BLOCK_Q], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    start, unmasked, end = key_range(block, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K)
+    start, unmasked, end = key_range(
+        block, length, window, prefix, 0, WINDOW, PREFIX, False, BLOCK_Q, BLOCK_K
+    )
     for at in range(start, unmasked, BLOCK_K):
         total, absolute, largest = _row_sums_block(
             at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
@@ -164,7 +168,7 @@ def _column_sums(
         s = add_position(
             s, rows[None, :], keys[:, None], at, position_ptr, slope, False, ahead, POSITION, PREFIX, 1.0
         )
-        seen = visible(rows[None, :], keys[:, None], window, prefix, WINDOW, PREFIX)
+        seen = visible(rows[None, :], keys[:, None], 0, window, prefix, WINDOW, PREFIX, False)
         seen = seen & (rows[None, :] >= keys[:, None]) & (rows < length)[None, :]
         inside = rows < length
         if SOFTMAX:

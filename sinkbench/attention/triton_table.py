@@ -12,18 +12,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import pad
 
-from sinkbench.attention.triton_blocks import dot, load_rows, look_up, rows_of, visible
+from sinkbench.attention.triton_blocks import dot, load_documents, load_rows, look_up, rows_of, visible
 
 
 @triton.jit
 def table_gradient(
-    q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, lse_ptr, bias_ptr, table_ptr, out_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, lse_ptr, bias_ptr, table_ptr, documents_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     batches, heads, group, length, scale, window, prefix, ahead, count, constant_from, first_diagonal,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, WINDOW: tl.constexpr,
-    PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
+    PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dS summed over every ``num_programs(2)``-th block of one diagonal in all sequences, [BLOCK, BLOCK]."""
     diagonal = first_diagonal + tl.program_id(0)
@@ -67,7 +67,10 @@ def table_gradient(
             s -= tl.load(lse_ptr + at + rows)[:, None]
         if NORMALIZE:
             dp -= tl.load(delta_ptr + at + rows)[:, None]
-        seen = visible(rows[:, None], keys[None, :], window, prefix, WINDOW, PREFIX)
+        since = load_documents(documents_ptr + rows_of(2 * batch, length), rows, DOCUMENTS)
+        seen = visible(
+            rows[:, None], keys[None, :], since[:, None], window, prefix, WINDOW, PREFIX, DOCUMENTS
+        )
         total += tl.where(seen, DF(s, F(s)) * dp, 0.0)
     program = (part * heads + head) * tl.num_programs(0) + tl.program_id(0)
     out = out_ptr + program.to(tl.int64) * BLOCK * BLOCK

@@ -183,10 +183,12 @@ def test_flex_is_not_compiled_for_every_batch(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("name", "change", "chosen"),
     [
-        ("softmax", {}, "flex"),
+        ("softmax", {}, "triton"),
+        ("softmax", {"head_size": 72}, "flex"),
         ("softmax", {"split_sequence": True}, "sdpa"),
         ("softmax", {"device": "cpu"}, "sdpa"),
-        ("sigmoid", {}, "eager"),
+        ("sigmoid", {}, "triton"),
+        ("sigmoid", {"split_sequence": True}, "eager"),
         ("kernel_mlp", {}, "eager"),
     ],
 )
