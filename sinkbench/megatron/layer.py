@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sinkbench.api import NormalizationSpec
 from sinkbench.megatron.attention import AttentionParts, SelfAttention
+from sinkbench.megatron.feed_forward import FeedForward
 from sinkbench.megatron.first_value import FirstValue
 from sinkbench.megatron.fusions import compiled
 
@@ -47,32 +48,6 @@ def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> 
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
-
-
-class FeedForward(MLP):  # type: ignore[misc]
-    """megatron's block, with the activation and its gate in one compiled function."""
-
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
-        """[s, b, n] -> the same shape, and a bias to add to it, if it has one."""
-        projected, bias = self.linear_fc1(hidden_states)
-        activate = compiled(gated_activation if self.config.gated_linear_unit else plain_activation)
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(
-            activate(projected, bias, self.activation_func)
-        )
-        return output
-
-
-Activation = Callable[[Tensor], Tensor]
-
-
-def plain_activation(x: Tensor, bias: Tensor | None, function: Activation) -> Tensor:
-    return function(x if bias is None else x + bias)
-
-
-def gated_activation(x: Tensor, bias: Tensor | None, function: Activation) -> Tensor:
-    """The first half of the last dimension through the function, times the second half."""
-    gate, linear = (x if bias is None else x + bias).chunk(2, -1)
-    return function(gate) * linear
 
 
 def normed(norm: torch.nn.Module, x: Tensor) -> Tensor:

@@ -166,20 +166,22 @@ def rank_counts_graphs(rank: int, world_size: int) -> dict[str, int]:
     raises."""
     from torch._dynamo.testing import CompileCounter
 
-    from sinkbench.megatron import layer, rotation, vocabulary_loss
+    from sinkbench.megatron import feed_forward, layer, rotation, vocabulary_loss
 
     x, added = torch.randn(2, 4, 2, 16, requires_grad=True)
     logits, target, factor = torch.randn(32, 64), torch.randint(64, (32,)), torch.rand(32)
     heads = rotation.HeadLayout(groups=2, queries=1, size=8)
     mixed, angle = torch.randn(4, 2, 48), torch.randn(2, 4, 1, 1, 4)
+    rows, halves = torch.randn(8, 32), torch.empty(8, 32).chunk(2, -1)
     norms = [(norm, x, added) for norm in (torch.nn.RMSNorm(16) for _ in range(12))]
     arguments: dict[Any, list[tuple[Any, ...]]] = {
         layer.normed: [case[:2] for case in norms],
         layer.sum_and_normed: norms,
         layer.sum_normed: norms,
         layer.sum_with_normed: norms,
-        layer.gated_activation: [(x, None, torch.nn.functional.silu)] * 3,
-        layer.plain_activation: [(x, added, torch.nn.functional.relu)] * 3,
+        feed_forward.gated_activation: [(x, None, torch.nn.functional.silu)] * 3,
+        feed_forward.write_gradient: [(rows, rows[:, :16], *halves, torch.nn.functional.silu)] * 3,
+        feed_forward.plain_activation: [(x, added, torch.nn.functional.relu)] * 3,
         rotation.rotated: [(mixed, *angle, heads)] * 3,
         rotation.rotated_back: [(*heads.split(mixed), *angle, heads)] * 3,
         vocabulary_loss._alone: [(logits, target, factor, 1e-4)] * 3,
