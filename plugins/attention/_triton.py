@@ -8,10 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
+from sinkbench.attention.triton_math import exp
+
 
 @triton.jit
 def sigmoid(s):
-    return 1.0 / (1.0 + tl.exp(-s))
+    return 1.0 / (1.0 + exp(-s))
 
 
 @triton.jit
@@ -31,12 +33,12 @@ def sigmoid_derivative(s, p):
 
 @triton.jit
 def elu_plus_one(s):
-    return tl.maximum(s, 0.0) + tl.exp(tl.minimum(s, 0.0))
+    return tl.maximum(s, 0.0) + exp(tl.minimum(s, 0.0))
 
 
 @triton.jit
 def elu_plus_one_derivative(s, p):
-    return tl.exp(tl.minimum(s, 0.0))  # the compiler has it from p, or makes it without p
+    return exp(tl.minimum(s, 0.0))  # the compiler has it from p, or makes it without p
 
 
 def fused_sigmoid(dtype: torch.dtype) -> tuple[Any, Any]:

@@ -23,14 +23,14 @@ from torch import Tensor, fx
 
 from sinkbench.files import write_atomically
 
-HELPERS = ("expm1", "log1p", "tanh")
+HELPERS = ("exp", "exp2", "expm1", "log1p", "tanh")
 """Of sinkbench.attention.triton_math: what Triton has no function for."""
 
 _UNARY = {
     "neg": "-{0}",
     "abs": "tl.abs({0})",
-    "exp": "tl.exp({0})",
-    "exp2": "tl.exp2({0})",
+    "exp": "exp({0})",
+    "exp2": "exp2({0})",
     "expm1": "expm1({0})",
     "log": "tl.log({0})",
     "log2": "tl.log2({0})",
@@ -42,7 +42,7 @@ _UNARY = {
     "cos": "tl.cos({0})",
     "erf": "tl.erf({0})",
     "tanh": "tanh({0})",
-    "sigmoid": "1.0 / (1.0 + tl.exp(-{0}))",
+    "sigmoid": "1.0 / (1.0 + exp(-{0}))",
     "relu": "tl.maximum({0}, 0.0)",
     "sign": "tl.where({0} > 0.0, 1.0, tl.where({0} < 0.0, -1.0, 0.0))",
     "gelu": "0.5 * {0} * (1.0 + tl.erf({0} * 0.7071067811865476))",
@@ -69,7 +69,7 @@ _SAME = {"clone", "alias", "detach", "lift_fresh_copy", "_to_copy", "copy"}
 """They give what they are given; ``copy`` its second argument."""
 
 
-_IN_TORCH = ("abs", "cos", "erf", "exp", "exp2", "log", "log2", "sin", "sqrt", "where", "zeros_like")
+_IN_TORCH = ("abs", "cos", "erf", "log", "log2", "sin", "sqrt", "where", "zeros_like")
 _SUMS = {"add", "sub", "rsub"}
 _KNOWN = {*_UNARY, *_BINARY, *_SUMS, "pow", "where", "clamp", "elu"}
 
@@ -291,7 +291,7 @@ def _further(operation: str, args: Sequence[Any], operands: Sequence[str]) -> st
         if isinstance(exponent, int | float):
             return _power(operands[0], exponent)
         log = _number(math.log(base)) if isinstance(base, int | float) else f"tl.log({operands[0]})"
-        return f"tl.exp({operands[1]} * {log})"
+        return f"exp({operands[1]} * {log})"
     if operation == "where":
         return f"tl.where({operands[0]}, {operands[1]}, {operands[2]})"
     if operation == "clamp":
@@ -309,7 +309,7 @@ def _power(base: str, exponent: float) -> str:
         return product if exponent > 0 else f"1.0 / ({product})"
     if exponent in (0.5, -0.5):
         return f"tl.sqrt({base})" if exponent > 0 else f"1.0 / tl.sqrt({base})"
-    return "1.0" if exponent == 0 else f"tl.exp({_number(exponent)} * tl.log({base}))"
+    return "1.0" if exponent == 0 else f"exp({_number(exponent)} * tl.log({base}))"
 
 
 def _operand(argument: Any, names: Mapping[fx.Node, str]) -> str:

@@ -76,12 +76,14 @@ def _backward_keys_block(
     at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope,
     q_ptr, do_ptr, delta_ptr, lse_ptr, stride_qt, stride_dot, first, second,
     length, scale, bias, window, prefix, documents_ptr, position_ptr, slope, by_key, ahead,
-    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
-    SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
+    POSITION: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
+    DOCUMENTS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     rows = at + tl.arange(0, BLOCK_Q)
+    if NORMALIZE == 3:
+        lse = tl.load(lse_ptr + rows)
     q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
     do0 = load_rows(do_ptr, rows, first, stride_dot, length, True, WIDE)
     s = dot(k0, tl.trans(q0), None, PRECISION)
@@ -91,12 +93,14 @@ def _backward_keys_block(
         do1 = load_rows(do_ptr, rows, second, stride_dot, length, True, WIDE)
         s = dot(k1, tl.trans(q1), s, PRECISION)
         dp = dot(v1, tl.trans(do1), dp, PRECISION)
-    s = s * scale + bias
+    s = s * scale
+    if BIAS:
+        s += bias
     s = add_position(
         s, rows[None, :], keys[:, None], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
     )
     if NORMALIZE == 3:
-        s -= tl.load(lse_ptr + rows)[None, :]
+        s -= lse[None, :]
     p = F(s)
     ds = DF(s, p)
     if MASK:
@@ -179,15 +183,15 @@ def backward_keys(
             at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
             stride_qt, stride_dot, first, second,
             length, scale * UNIT, bias, window, prefix, documents_ptr, position_ptr, slope, by_key,
-            ahead, F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True, PRECISION,
-            WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
+            ahead, F, DF, NORMALIZE, BIAS, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True,
+            PRECISION, WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
     for at in range(masked_end, far, BLOCK_Q):
         dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
             at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
             stride_qt, stride_dot, first, second,
             length, scale * UNIT, bias, window, prefix, documents_ptr, position_ptr, slope, by_key,
-            ahead, F, DF, NORMALIZE, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False, PRECISION,
-            WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
+            ahead, F, DF, NORMALIZE, BIAS, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False,
+            PRECISION, WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
     if POSITION == 2 and not WINDOW and not DOCUMENTS:
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(far, end, BLOCK_Q):
@@ -195,7 +199,7 @@ def backward_keys(
                 at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
                 stride_qt, stride_dot, first, second,
                 length, scale * UNIT, farthest, window, prefix, documents_ptr, position_ptr, slope,
-                by_key, ahead, F, DF, NORMALIZE, 0, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False,
+                by_key, ahead, F, DF, NORMALIZE, True, 0, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False,
                 PRECISION, WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
     inside = (keys < length)[:, None]
     at_keys = at_rows(keys, stride_dkt, WIDE)
@@ -214,9 +218,9 @@ def backward_keys(
 def _backward_queries_block(
     at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
     first, second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
-    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr,
-    WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
+    F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
+    POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
@@ -229,7 +233,9 @@ def _backward_queries_block(
         v1 = load_rows(v_ptr, keys, second, stride_vt, length, True, WIDE)
         s = dot(q1, tl.trans(k1), s, PRECISION)
         dp = dot(do1, tl.trans(v1), dp, PRECISION)
-    s = s * scale + bias
+    s = s * scale
+    if BIAS:
+        s += bias
     s = add_position(
         s, rows[:, None], keys[None, :], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
     )
@@ -303,20 +309,20 @@ def backward_queries(
             dq0, dq1 = _backward_queries_block(
                 at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
                 first, second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key,
-                ahead, F, DF, NORMALIZE, 0, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
+                ahead, F, DF, NORMALIZE, True, 0, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
                 D1, BLOCK_K)  # fmt: skip
         start = near
     for at in range(start, unmasked, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
             at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
             first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
+            F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
             D1, BLOCK_K)  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
             at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
             first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT,
+            F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT,
             D1, BLOCK_K)  # fmt: skip
     dq_rows = dq_ptr + at_rows(rows, stride_dqt, WIDE)
     tl.store(dq_rows + first[None, :], (dq0 * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])

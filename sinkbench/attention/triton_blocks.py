@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sinkbench.attention.triton_math import exp2
+
 SLOPE = 1
 TABLE = 2
 ROW_BLOCK = 128
@@ -114,7 +116,7 @@ def add_position(
 @triton.jit
 def power_of_two(s):
     """A softmax's weight of a score less the logarithm of the row's sum, in powers of two."""
-    return tl.exp2(s)
+    return exp2(s)
 
 
 @triton.jit

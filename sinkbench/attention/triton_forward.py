@@ -24,16 +24,18 @@ from sinkbench.attention.triton_blocks import (
 def _forward_block(
     at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first, second,
     length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
-    F: tl.constexpr, NORMALIZE: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
-    PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
-    WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+    F: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, MASK: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
     s = dot(q0, tl.trans(k0), None, PRECISION)
     if D1 > 1:
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
-    s = s * scale + bias
+    s = s * scale
+    if BIAS:
+        s += bias
     s = add_position(
         s, rows[:, None], keys[None, :], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
     )
@@ -100,7 +102,7 @@ def forward(
     r = tl.zeros([BLOCK_Q], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     scale *= UNIT
-    bias = -0.0  # the compiler leaves out the addition of this zero, but not of the other
+    bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
     slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
@@ -114,20 +116,23 @@ def forward(
             o0, o1, r, largest = _forward_block(
                 at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first,
                 second, length, scale, farthest, window, prefix, position_ptr, slope, by_key, ahead,
-                F, NORMALIZE, 0, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+                F, NORMALIZE, True, 0, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT, D1,
+                BLOCK_K,
             )  # fmt: skip
         start = near
     for at in range(start, unmasked, BLOCK_K):
         o0, o1, r, largest = _forward_block(
             at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first,
             second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, NORMALIZE, POSITION, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+            F, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT, D1,
+            BLOCK_K,
         )  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         o0, o1, r, largest = _forward_block(
             at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first,
             second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, NORMALIZE, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+            F, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT, D1,
+            BLOCK_K,
         )  # fmt: skip
     inside = rows < length
     if NORMALIZE:

@@ -31,6 +31,7 @@ from sinkbench.attention.triton_blocks import (
     visible,
 )
 from sinkbench.attention.triton_elementwise import is_wide, padded_table, precision, split_head_size
+from sinkbench.attention.triton_math import exp
 
 COLUMN_PROGRAMS = 8
 """Programs that share the queries of a block of columns."""
@@ -59,7 +60,7 @@ def _row_sums_block(
         now = tl.maximum(largest, tl.max(s, 1))
         # A row may have seen no key yet: then it has no largest score to be compared with.
         level = tl.where(now == float("-inf"), 0.0, now)
-        total = total * tl.exp(largest - level) + tl.sum(tl.exp(s - level[:, None]), 1)
+        total = total * exp(largest - level) + tl.sum(exp(s - level[:, None]), 1)
         largest = now
     else:
         p = F(s)
@@ -173,7 +174,7 @@ def _column_sums(
         inside = rows < length
         if SOFTMAX:
             shift = tl.load(shift_ptr + row + rows, mask=inside, other=0.0)
-            p = tl.exp(tl.where(seen, s - shift[None, :], float("-inf")))
+            p = exp(tl.where(seen, s - shift[None, :], float("-inf")))
         else:
             p = tl.where(seen, F(s), 0.0)
         raw += tl.sum(p * tl.load(raw_ptr + row + rows, mask=inside, other=0.0)[None, :], 1)
