@@ -6,7 +6,8 @@ row's sum + 1e-8 for elu, whose scores are positive, and max(|sum|, 1) for ident
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from sinkbench.api import (
@@ -56,11 +57,26 @@ def build_elu(params: KernelParams, context: BuildContext) -> AttentionSpec:
 
 def build_mlp(params: KernelParams, context: BuildContext) -> AttentionSpec:
     """phi(x) = W2 relu(W1 x), both of the head size, shared by q and k and by the heads of a layer."""
+    import torch
     from torch.nn.functional import linear
 
+    # Of float32 and of larger heads the kernel's sums would not fit into registers.
+    fused = find_spec("triton") is not None and context.head_size <= 128
+    half = (torch.bfloat16, torch.float16)
+
+    def in_one_kernel(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        from . import _triton_mlp
+
+        return _triton_mlp.mlp(x, first, second)
+
+    # torch's compiler, which the core runs maps through, is not to look inside.
+    opaque: Callable[[Tensor, Tensor, Tensor], Tensor] = torch.compiler.disable(in_one_kernel)
+
     def phi(x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-        hidden = linear(x, weights["kernel_1"].to(x.dtype)).relu()
-        return linear(hidden, weights["kernel_2"].to(x.dtype))
+        first, second = weights["kernel_1"].to(x.dtype), weights["kernel_2"].to(x.dtype)
+        if fused and x.is_cuda and x.dtype in half:
+            return opaque(x, first, second)
+        return linear(linear(x, first).relu(), second)
 
     # As the linear layers of the paper's code.
     weight = ParameterSpec(shape=("head_size", "head_size"), std=(0.4 / context.head_size) ** 0.5)
