@@ -62,8 +62,8 @@ FIXED = {
         128: Tiles(128, 64, 8, 3),
         256: Tiles(64, 32, 8, 1),
     },
-    "linear": {128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
-    "linear gradients": {128: Tiles(64, 64, 4, 2), 256: Tiles(64, 32, 4, 2)},
+    "linear": {128: Tiles(64, 128, 4, 2), 256: Tiles(64, 32, 4, 2)},
+    "linear gradients": {128: Tiles(64, 128, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
 """By kernel and largest head size, as measured for sigmoid on an H100 (benchmarks/attention.py); those of
 kernel attention, which takes positions of a chunk and features at a time, by what the compiler spills."""
@@ -110,9 +110,9 @@ CANDIDATES = {
         Tiles(128, 64, 8, 3),
         Tiles(128, 32, 8, 3),
     ),
-    "linear": (Tiles(64, 128, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2), Tiles(128, 128, 8, 2)),
+    "linear": (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2), Tiles(128, 128, 8, 2)),
     "linear gradients": (
-        Tiles(64, 128, 4, 2),
+        Tiles(64, 64, 4, 2),
         Tiles(64, 32, 4, 3),
         Tiles(128, 64, 8, 2),
         Tiles(128, 128, 8, 2),

@@ -150,7 +150,8 @@ class _Call:
     def blocks(self, chosen: Tiles) -> dict[str, int]:
         """The sizes of a chunk's kernels: ``block_q`` positions, ``block_k`` features at a time."""
         options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-        return {"C": max(chosen.block_q, SMALLEST_CHUNK), "BLOCK": chosen.block_k, **options}
+        block = min(chosen.block_k, self.columns(max(self.q.shape[-1], self.v.shape[-1])))
+        return {"C": max(chosen.block_q, SMALLEST_CHUNK), "BLOCK": block, **options}
 
     def tiles(self, kernel: str, launch: Any) -> Tiles:
         s = self.s

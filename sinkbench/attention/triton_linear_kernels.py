@@ -54,22 +54,26 @@ def _scores(
 
 
 @triton.jit
-def _through_state(
-    x_ptr, state_ptr, stride_x, rows, length, columns, OUT: tl.constexpr, TRANSPOSED: tl.constexpr,
-    SIZE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
-    COLUMNS: tl.constexpr,
+def _scores_and_past(
+    x_ptr, y_ptr, state_ptr, stride_x, stride_y, rows, length, columns,
+    SIZE: tl.constexpr, OUT: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Columns of x times a state [SIZE, OUT], or times a transposed one [OUT, SIZE]."""
-    out = tl.zeros([C, COLUMNS], tl.float32)
+    """x_i.y_j of a chunk, and columns of x times a state [SIZE, OUT], or times a transposed one [OUT, SIZE].
+    Read together, so that none waits for the other's product."""
+    s = tl.zeros([C, C], tl.float32)
+    past = tl.zeros([C, COLUMNS], tl.float32)
     for at in range(0, SIZE, BLOCK):
         features = at + tl.arange(0, BLOCK)
         x = _load(x_ptr, rows, length, features, SIZE, stride_x, WIDE)
+        y = _load(y_ptr, rows, length, features, SIZE, stride_y, WIDE)
         if TRANSPOSED:
             state = tl.trans(_load(state_ptr, columns, OUT, features, SIZE, SIZE, False))
         else:
             state = _load(state_ptr, features, SIZE, columns, OUT, OUT, False)
-        out = dot(x, state, out, PRECISION)
-    return out
+        s = dot(x, tl.trans(y), s, PRECISION)
+        past = dot(x, state, past, PRECISION)
+    return s, past
 
 
 @triton.jit
@@ -152,12 +156,11 @@ def outputs(
     rows = chunk * C + local
     columns = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)
     v = _load(v_ptr, rows, length, columns, E, stride_vt, WIDE)
-    s = _scores(q_ptr, k_ptr, stride_qt, stride_kt, rows, length, D, PRECISION, WIDE, C, BLOCK)
-    s = tl.where(local[:, None] >= local[None, :], s, 0.0)
-    out = _through_state(
-        q_ptr, state_ptr + place * D * E, stride_qt, rows, length, columns,
-        E, False, D, PRECISION, WIDE, C, BLOCK, COLUMNS,
+    s, out = _scores_and_past(
+        q_ptr, k_ptr, state_ptr + place * D * E, stride_qt, stride_kt, rows, length, columns,
+        D, E, False, PRECISION, WIDE, C, BLOCK, COLUMNS,
     )  # fmt: skip
+    s = tl.where(local[:, None] >= local[None, :], s, 0.0)
     out = dot(s.to(v.dtype), v, out, PRECISION) * scale
     if ROWS:
         total = tl.sum(s, 1)
@@ -204,6 +207,46 @@ def row_terms(
 
 
 @triton.jit
+def _gradient_of_keys(
+    x_ptr, y_ptr, w_ptr, state_ptr, factor_ptr, delta_ptr,
+    stride_x, stride_yh, stride_y, stride_wh, stride_w, group, rows, length, columns, scale,
+    SIZE: tl.constexpr, OUT: tl.constexpr, OF_KEYS: tl.constexpr, ROWS: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Columns of dK + u for x = v, y = dO and w = q, or of dV for x = k, y = q and w = dO, summed over the
+    heads of a group."""
+    factor, delta = _terms(factor_ptr, delta_ptr, rows, length, scale, ROWS)
+    w = _load(w_ptr, rows, length, columns, OUT, stride_w, WIDE)
+    s, out = _scores_and_past(
+        x_ptr, y_ptr, state_ptr, stride_x, stride_y, rows, length, columns,
+        SIZE, OUT, OF_KEYS, PRECISION, WIDE, C, BLOCK, COLUMNS,
+    )  # fmt: skip
+    out = _add_queries(s, w, factor, delta, out, OF_KEYS, PRECISION, C)
+    for _ in range(1, group):
+        y_ptr += stride_yh
+        w_ptr += stride_wh
+        factor_ptr += length
+        delta_ptr += length
+        factor, delta = _terms(factor_ptr, delta_ptr, rows, length, scale, ROWS)
+        w = _load(w_ptr, rows, length, columns, OUT, stride_w, WIDE)
+        s = _scores(x_ptr, y_ptr, stride_x, stride_y, rows, length, SIZE, PRECISION, WIDE, C, BLOCK)
+        out = _add_queries(s, w, factor, delta, out, OF_KEYS, PRECISION, C)
+    return out
+
+
+@triton.jit
+def _add_queries(
+    s, w, factor, delta, out, OF_KEYS: tl.constexpr, PRECISION: tl.constexpr, C: tl.constexpr
+):  # fmt: skip
+    s *= factor[None, :]
+    if OF_KEYS:
+        s -= delta[None, :]
+    local = tl.arange(0, C)
+    s = tl.where(local[:, None] <= local[None, :], s, 0.0)
+    return dot(s.to(w.dtype), w, out, PRECISION)
+
+
+@triton.jit
 def gradients(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, factor_ptr, delta_ptr,
     before_ptr, keys_ptr, after_ptr, queries_ptr,
@@ -231,18 +274,17 @@ def gradients(
     after_ptr += place * D * E
     local = tl.arange(0, C)
     rows = chunk * C + local
-    within = local[:, None] >= local[None, :]
     blocks = tl.cdiv(D, COLUMNS)
     columns = task % blocks * COLUMNS + tl.arange(0, COLUMNS)
     if task < blocks:
         factor, delta = _terms(factor_ptr, delta_ptr, rows, length, scale, ROWS)
         k = _load(k_ptr, rows, length, columns, D, stride_kt, WIDE)
-        s = _scores(do_ptr, v_ptr, stride_dot, stride_vt, rows, length, E, PRECISION, WIDE, C, BLOCK)
-        s = tl.where(within, s * factor[:, None] - delta[:, None], 0.0)
-        out = _through_state(
-            do_ptr, before_ptr, stride_dot, rows, length, columns,
-            D, True, E, PRECISION, WIDE, C, BLOCK, COLUMNS,
+        s, out = _scores_and_past(
+            do_ptr, v_ptr, before_ptr, stride_dot, stride_vt, rows, length, columns,
+            E, D, True, PRECISION, WIDE, C, BLOCK, COLUMNS,
         )  # fmt: skip
+        s = s * factor[:, None] - delta[:, None]
+        s = tl.where(local[:, None] >= local[None, :], s, 0.0)
         out *= factor[:, None]
         if ROWS:
             keys = tl.load(keys_ptr + place * D + columns, mask=columns < D, other=0.0)
@@ -252,39 +294,21 @@ def gradients(
         _store(dq_ptr, rows, length, columns, D, stride_dqt, out, WIDE)
     elif head % group == 0:
         if task < 2 * blocks:
-            out = _through_state(
-                v_ptr, after_ptr, stride_vt, rows, length, columns,
-                D, True, E, PRECISION, WIDE, C, BLOCK, COLUMNS,
+            out = _gradient_of_keys(
+                v_ptr, do_ptr, q_ptr, after_ptr, factor_ptr, delta_ptr,
+                stride_vt, stride_doh, stride_dot, stride_qh, stride_qt, group, rows, length, columns, scale,
+                E, D, True, ROWS, PRECISION, WIDE, C, BLOCK, COLUMNS,
             )  # fmt: skip
             if ROWS:
                 out -= tl.load(queries_ptr + place * D + columns, mask=columns < D, other=0.0)[None, :]
-            for _ in range(group):
-                factor, delta = _terms(factor_ptr, delta_ptr, rows, length, scale, ROWS)
-                q = _load(q_ptr, rows, length, columns, D, stride_qt, WIDE)
-                s = _scores(v_ptr, do_ptr, stride_vt, stride_dot, rows, length, E, PRECISION, WIDE, C, BLOCK)
-                s = tl.where(tl.trans(within), s * factor[None, :] - delta[None, :], 0.0)
-                out = dot(s.to(q.dtype), q, out, PRECISION)
-                q_ptr += stride_qh
-                do_ptr += stride_doh
-                factor_ptr += length
-                delta_ptr += length
             dk_ptr += batch * stride_dkb + kv_head * stride_dkh
             _store(dk_ptr, rows, length, columns, D, stride_dkt, out, WIDE)
         else:
             columns = (task - 2 * blocks) * COLUMNS + tl.arange(0, COLUMNS)
-            out = _through_state(
-                k_ptr, after_ptr, stride_kt, rows, length, columns,
-                E, False, D, PRECISION, WIDE, C, BLOCK, COLUMNS,
+            out = _gradient_of_keys(
+                k_ptr, q_ptr, do_ptr, after_ptr, factor_ptr, delta_ptr,
+                stride_kt, stride_qh, stride_qt, stride_doh, stride_dot, group, rows, length, columns, scale,
+                D, E, False, ROWS, PRECISION, WIDE, C, BLOCK, COLUMNS,
             )  # fmt: skip
-            for _ in range(group):
-                factor, _delta = _terms(factor_ptr, delta_ptr, rows, length, scale, ROWS)
-                do = _load(do_ptr, rows, length, columns, E, stride_dot, WIDE)
-                s = _scores(k_ptr, q_ptr, stride_kt, stride_qt, rows, length, D, PRECISION, WIDE, C, BLOCK)
-                s = tl.where(tl.trans(within), s * factor[None, :], 0.0)
-                out = dot(s.to(do.dtype), do, out, PRECISION)
-                q_ptr += stride_qh
-                do_ptr += stride_doh
-                factor_ptr += length
-                delta_ptr += length
             dv_ptr += batch * stride_dvb + kv_head * stride_dvh
             _store(dv_ptr, rows, length, columns, E, stride_dvt, out, WIDE)
