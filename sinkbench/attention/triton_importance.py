@@ -11,6 +11,7 @@ Shapes: b sequence of the batch, h head, g kv head, t and q query, k key, d head
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_blocks import (
     ROW_BLOCK,
     SLOPE,
@@ -31,10 +33,16 @@ from sinkbench.attention.triton_blocks import (
     visible,
 )
 from sinkbench.attention.triton_elementwise import is_wide, padded_table, precision, split_head_size
-from sinkbench.attention.triton_math import exp
+from sinkbench.attention.triton_math import exp2
 
-COLUMN_PROGRAMS = 8
-"""Programs that share the queries of a block of columns."""
+TILES = {"rows": Tiles(64, 64, 4, 2), "columns": Tiles(64, 64, 4, 2)}
+"""Of half precision and heads up to 128."""
+UNIT = math.log2(math.e)
+"""A softmax's weights are powers of two in the kernels."""
+COLUMN_PARTS = 8
+"""Programs that may share the queries of a block of columns, where there are few blocks."""
+COLUMN_PROGRAMS = 1024
+"""As many as keep a card busy."""
 
 
 @triton.jit
@@ -43,7 +51,7 @@ def _row_sums_block(
     length, scale, bias, window, prefix, position_ptr, slope, ahead,
     F: tl.constexpr, SOFTMAX: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
     PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    D1: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
     s = dot(q0, tl.trans(load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)), None, PRECISION)
@@ -51,7 +59,7 @@ def _row_sums_block(
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
     s = s * scale + bias
     s = add_position(
-        s, rows[:, None], keys[None, :], at, position_ptr, slope, False, ahead, POSITION, PREFIX, 1.0
+        s, rows[:, None], keys[None, :], at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
     )
     if SOFTMAX:
         if MASK:
@@ -60,7 +68,7 @@ def _row_sums_block(
         now = tl.maximum(largest, tl.max(s, 1))
         # A row may have seen no key yet: then it has no largest score to be compared with.
         level = tl.where(now == float("-inf"), 0.0, now)
-        total = total * exp(largest - level) + tl.sum(exp(s - level[:, None]), 1)
+        total = total * exp2(largest - level) + tl.sum(exp2(s - level[:, None]), 1)
         largest = now
     else:
         p = F(s)
@@ -80,7 +88,7 @@ def _row_sums(
     heads, group, length, scale, window, prefix, ahead, count,
     F: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """log sum exp of a row's scores, or the sums of f and |f|."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -95,8 +103,8 @@ def _row_sums(
     q1 = load_rows(q_ptr, rows, second, stride_qt, length, D1 > 1, WIDE)
     bias = 0.0
     if BIAS:
-        bias = tl.load(bias_ptr + head)
-    slope, _ = load_position(position_ptr, POSITION, False, 1.0)
+        bias = tl.load(bias_ptr + head) * UNIT
+    slope, _ = load_position(position_ptr, POSITION, False, UNIT)
     total = tl.zeros([BLOCK_Q], tl.float32)
     absolute = tl.zeros([BLOCK_Q], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -106,22 +114,55 @@ def _row_sums(
     for at in range(start, unmasked, BLOCK_K):
         total, absolute, largest = _row_sums_block(
             at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, ahead,
-            F, SOFTMAX, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, D1, BLOCK_K,
+            length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
+            F, SOFTMAX, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         total, absolute, largest = _row_sums_block(
             at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
-            length, scale, bias, window, prefix, position_ptr, slope, ahead,
-            F, SOFTMAX, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, D1, BLOCK_K,
+            length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
+            F, SOFTMAX, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     inside = rows < length
     at_row = pair.to(tl.int64) * length + rows
     if SOFTMAX:
-        total = largest + tl.log(total)
+        total = (largest + tl.log2(total)) / UNIT
     tl.store(first_ptr + at_row, total, mask=inside)
     if not SOFTMAX:
         tl.store(second_ptr + at_row, absolute, mask=inside)
+
+
+@triton.jit
+def _column_sums_block(
+    at, keys, k0, k1, raw, proxy, q_ptr, shift_ptr, raw_ptr, proxy_ptr, stride_qt, first, second,
+    length, scale, bias, window, prefix, position_ptr, slope, ahead,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
+    PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    rows = at + tl.arange(0, BLOCK_Q)
+    inside = rows < length
+    q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
+    s = dot(k0, tl.trans(q0), None, PRECISION)
+    if D1 > 1:
+        q1 = load_rows(q_ptr, rows, second, stride_qt, length, True, WIDE)
+        s = dot(k1, tl.trans(q1), s, PRECISION)
+    s = s * scale + bias
+    s = add_position(
+        s, rows[None, :], keys[:, None], at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
+    )
+    if SOFTMAX:
+        shift = tl.load(shift_ptr + rows, mask=inside, other=float("inf"))
+        p = exp2(s - shift[None, :])
+    else:
+        p = F(s)
+    if MASK:
+        seen = visible(rows[None, :], keys[:, None], 0, window, prefix, WINDOW, PREFIX, False)
+        p = tl.where(seen & (rows[None, :] >= keys[:, None]), p, 0.0)
+    raw += tl.sum(p * tl.load(raw_ptr + rows, mask=inside, other=0.0)[None, :], 1)
+    weight = tl.load(proxy_ptr + rows, mask=inside, other=0.0)
+    proxy += tl.sum(tl.abs(p) * weight[None, :], 1)
+    return raw, proxy
 
 
 @triton.jit
@@ -131,7 +172,7 @@ def _column_sums(
     heads, group, length, columns, offset, scale, window, prefix, ahead, count,
     F: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Two weighted sums of each column from ``offset`` on, over a share of the queries from the column's own
     on: of f by ``raw``, of |f| by ``proxy``."""
@@ -141,45 +182,45 @@ def _column_sums(
     k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
     position_ptr += head.to(tl.int64) * count
     row = pair.to(tl.int64) * length
+    shift_ptr += row
+    raw_ptr += row
+    proxy_ptr += row
     block = tl.program_id(0)
-    keys = offset + block * BLOCK_K + tl.arange(0, BLOCK_K)
+    key = offset + block * BLOCK_K
+    keys = key + tl.arange(0, BLOCK_K)
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
     k1 = load_rows(k_ptr, keys, second, stride_kt, length, D1 > 1, WIDE)
     bias = 0.0
     if BIAS:
-        bias = tl.load(bias_ptr + head)
-    slope, _ = load_position(position_ptr, POSITION, False, 1.0)
+        bias = tl.load(bias_ptr + head) * UNIT
+    slope, _ = load_position(position_ptr, POSITION, False, UNIT)
     raw = tl.zeros([BLOCK_K], tl.float32)
     proxy = tl.zeros([BLOCK_K], tl.float32)
-    start = (offset + block * BLOCK_K) // BLOCK_Q * BLOCK_Q
+    step = tl.num_programs(2) * BLOCK_Q
+    start = key // BLOCK_Q * BLOCK_Q + part * BLOCK_Q
     end = length
     if WINDOW:
-        end = tl.minimum(length, offset + (block + 1) * BLOCK_K + window)
+        end = tl.minimum(length, key + BLOCK_K + window)
         if PREFIX:
             end = tl.maximum(end, prefix)
-    for at in range(start + part * BLOCK_Q, end, tl.num_programs(2) * BLOCK_Q):
-        rows = at + tl.arange(0, BLOCK_Q)
-        q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
-        s = dot(k0, tl.trans(q0), None, PRECISION)
-        if D1 > 1:
-            q1 = load_rows(q_ptr, rows, second, stride_qt, length, True, WIDE)
-            s = dot(k1, tl.trans(q1), s, PRECISION)
-        s = s * scale + bias
-        s = add_position(
-            s, rows[None, :], keys[:, None], at, position_ptr, slope, False, ahead, POSITION, PREFIX, 1.0
-        )
-        seen = visible(rows[None, :], keys[:, None], 0, window, prefix, WINDOW, PREFIX, False)
-        seen = seen & (rows[None, :] >= keys[:, None]) & (rows < length)[None, :]
-        inside = rows < length
-        if SOFTMAX:
-            shift = tl.load(shift_ptr + row + rows, mask=inside, other=0.0)
-            p = exp(tl.where(seen, s - shift[None, :], float("-inf")))
-        else:
-            p = tl.where(seen, F(s), 0.0)
-        raw += tl.sum(p * tl.load(raw_ptr + row + rows, mask=inside, other=0.0)[None, :], 1)
-        weight = tl.load(proxy_ptr + row + rows, mask=inside, other=0.0)
-        proxy += tl.sum(tl.abs(p) * weight[None, :], 1)
+        masked_end = end
+    else:  # the queries after the block see all of its keys
+        blocks = tl.cdiv(tl.maximum(tl.minimum(key + BLOCK_K, length) - start, 0), step)
+        masked_end = start + blocks * step
+    for at in range(start, masked_end, step):
+        raw, proxy = _column_sums_block(
+            at, keys, k0, k1, raw, proxy, q_ptr, shift_ptr, raw_ptr, proxy_ptr, stride_qt, first, second,
+            length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
+            F, SOFTMAX, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_Q,
+        )  # fmt: skip
+    if not WINDOW:
+        for at in range(masked_end, end, step):
+            raw, proxy = _column_sums_block(
+                at, keys, k0, k1, raw, proxy, q_ptr, shift_ptr, raw_ptr, proxy_ptr, stride_qt, first,
+                second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
+                F, SOFTMAX, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_Q,
+            )  # fmt: skip
     out = out_ptr + (part * tl.num_programs(1) + pair).to(tl.int64) * 2 * columns
     within = block * BLOCK_K + tl.arange(0, BLOCK_K)
     tl.store(out + within, raw, mask=within < columns)
@@ -216,11 +257,11 @@ class Scores:
         absolute = None if self.function is None else torch.empty_like(total)
         query, key, arguments, switches = self._arguments(total)
         bias, position, *numbers = arguments
-        block_q, block_k = self._blocks()
-        _row_sums[(triton.cdiv(length, block_q), batch * heads)](
+        chosen = self._tiles("rows")
+        _row_sums[(triton.cdiv(length, chosen.block_q), batch * heads)](
             query, key, total, total if absolute is None else absolute, bias, position,
             *query.stride()[:3], *key.stride()[:3], heads, heads // key.shape[1], length, *numbers,
-            **switches, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=4, num_stages=2,
+            **switches, **chosen.options(),
         )  # fmt: skip
         return total, absolute
 
@@ -234,24 +275,28 @@ class Scores:
             raw_bht, proxy_bht: factors of a row in the first and in the second sum, which is of |f|.
         """
         batch, heads, length, _ = self.query_bhtd.shape
-        block_q, block_k = self._blocks()
-        parts = min(COLUMN_PROGRAMS, triton.cdiv(length, block_q))
+        chosen = self._tiles("columns")
+        blocks = triton.cdiv(columns, chosen.block_k)
+        parts = min(COLUMN_PARTS, triton.cdiv(length, chosen.block_q))
+        parts = min(parts, max(COLUMN_PROGRAMS // (blocks * batch * heads), 1))
         shape = (parts, batch, heads, 2, columns)
         out = torch.empty(shape, dtype=torch.float32, device=shift_bht.device)
+        if self.function is None:  # a row without weights is as one beyond the end
+            shift_bht = shift_bht.masked_fill(shift_bht.isneginf(), float("inf")) * UNIT
         query, key, arguments, switches = self._arguments(shift_bht)
         bias, position, *numbers = arguments
-        _column_sums[(triton.cdiv(columns, block_k), batch * heads, parts)](
+        _column_sums[(blocks, batch * heads, parts)](
             query, key, shift_bht.contiguous(), raw_bht.contiguous(), proxy_bht.contiguous(),
             bias, position, out, *query.stride()[:3], *key.stride()[:3],
             heads, heads // key.shape[1], length, columns, offset, *numbers,
-            **switches, BLOCK_Q=block_q, BLOCK_K=block_k, num_warps=4, num_stages=2,
+            **switches, **chosen.options(),
         )  # fmt: skip
         raw, proxy = out.sum(0).unbind(2)
         return raw, proxy
 
-    def _blocks(self) -> tuple[int, int]:
+    def _tiles(self, kernel: str) -> Tiles:
         large = self.query_bhtd.dtype == torch.float32 or self.query_bhtd.shape[-1] > 128
-        return (32, 32) if large else (64, 64)
+        return Tiles(32, 32, 4, 2) if large else TILES[kernel]
 
     def _arguments(self, unused: Tensor) -> tuple[Tensor, Tensor, tuple[Any, ...], dict[str, Any]]:
         query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (self.query_bhtd, self.key_bgtd))
@@ -273,6 +318,7 @@ class Scores:
             "PREFIX": prefix > 0,
             "PRECISION": precision(query),
             "WIDE": is_wide(query, key),
+            "UNIT": UNIT if self.function is None else 1.0,
             "D0": d0,
             "D1": d1,
         }
