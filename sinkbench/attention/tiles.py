@@ -83,6 +83,10 @@ FIXED_WITH_TABLE = {
 """For head sizes up to 128, where a bias is read from a table: its entries take registers and shared memory.
 Chosen by what the compiler spills for an H100; not timed."""
 
+FIXED_WITH_DOCUMENTS = {"forward": Tiles(64, 64, 4, 3)}
+"""For head sizes up to 128, where documents bound what is seen: in larger blocks of 4 warps the masks at both
+ends of a row take more registers than there are. Chosen by what the compiler spills; not timed."""
+
 FIXED_FLOAT32 = {128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1)}
 """For all kernels, by largest head size. Products of float32 take no tensor cores but many registers: larger
 blocks spill up to 20 KiB a thread."""
@@ -130,18 +134,27 @@ Launch = Callable[[Tiles], object]
 _chosen: dict[tuple[Any, ...], Tiles] = {}
 
 
-def fixed(kernel: str, head_size: int, dtype: torch.dtype, position: int = 0) -> Tiles:
-    """The sizes that are not tuned; ``position`` as in the kernels."""
+def fixed(
+    kernel: str, head_size: int, dtype: torch.dtype, position: int = 0, documents: bool = False
+) -> Tiles:
+    """The sizes that are not tuned; ``position`` and ``documents`` as in the kernels."""
     if dtype != torch.float32 and position == 1 and head_size <= 96 and kernel in FIXED_WITH_SLOPE:
         return FIXED_WITH_SLOPE[kernel]
     if dtype != torch.float32 and position == 2 and head_size <= 128 and kernel in FIXED_WITH_TABLE:
         return FIXED_WITH_TABLE[kernel]
+    if dtype != torch.float32 and documents and head_size <= 128 and kernel in FIXED_WITH_DOCUMENTS:
+        return FIXED_WITH_DOCUMENTS[kernel]
     by_size = FIXED_FLOAT32 if dtype == torch.float32 else FIXED[kernel]
     return by_size[min(size for size in by_size if size >= head_size)]
 
 
 def choose(
-    kernel: str, query: Tensor, variant: Mapping[str, Any], launch: Launch, position: int = 0
+    kernel: str,
+    query: Tensor,
+    variant: Mapping[str, Any],
+    launch: Launch,
+    position: int = 0,
+    documents: bool = False,
 ) -> Tiles:
     """The sizes for a kernel's call.
 
@@ -151,9 +164,10 @@ def choose(
         variant: what else the speed depends on.
         launch: runs the kernel; it may run several times.
         position: kind of the bias by distance, as in the kernels.
+        documents: whether these bound what is seen.
     """
     length, head_size = query.shape[2:]
-    default = fixed(kernel, head_size, query.dtype, position)
+    default = fixed(kernel, head_size, query.dtype, position, documents)
     if not query.is_cuda or torch.are_deterministic_algorithms_enabled() or not _enabled():
         return default
     bucket = 1 << max(length - 1, 0).bit_length()

@@ -172,12 +172,12 @@ def backward_keys(
         bias = tl.load(bias_ptr + head) * UNIT
     slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
     # Queries beyond the end, in the last block, have a gradient of 0.
-    start, masked_end, end = query_range(
+    start, masked_end, unmasked_end, end = query_range(
         block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
     )
-    far = end
-    if POSITION == 2 and not WINDOW and not DOCUMENTS:
-        far = far_queries(block, masked_end, end, constant_from, BLOCK_Q, BLOCK_K)
+    far = unmasked_end
+    if POSITION == 2 and not WINDOW:
+        far = far_queries(block, masked_end, unmasked_end, constant_from, BLOCK_Q, BLOCK_K)
     for at in range(start, masked_end, BLOCK_Q):
         dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
             at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
@@ -192,14 +192,22 @@ def backward_keys(
             length, scale * UNIT, bias, window, prefix, documents_ptr, position_ptr, slope, by_key,
             ahead, F, DF, NORMALIZE, BIAS, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False,
             PRECISION, WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
-    if POSITION == 2 and not WINDOW and not DOCUMENTS:
+    if POSITION == 2 and not WINDOW:
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
-        for at in range(far, end, BLOCK_Q):
+        for at in range(far, unmasked_end, BLOCK_Q):
             dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
                 at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
                 stride_qt, stride_dot, first, second,
                 length, scale * UNIT, farthest, window, prefix, documents_ptr, position_ptr, slope,
                 by_key, ahead, F, DF, NORMALIZE, True, 0, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False,
+                PRECISION, WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
+    if DOCUMENTS and not WINDOW:
+        for at in range(unmasked_end, end, BLOCK_Q):
+            dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
+                at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
+                stride_qt, stride_dot, first, second,
+                length, scale * UNIT, bias, window, prefix, documents_ptr, position_ptr, slope, by_key,
+                ahead, F, DF, NORMALIZE, BIAS, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True,
                 PRECISION, WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
     inside = (keys < length)[:, None]
     at_keys = at_rows(keys, stride_dkt, WIDE)
@@ -299,10 +307,18 @@ def backward_queries(
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
     slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
-    start, unmasked, end = key_range(
+    start, seen_by_all, unmasked, end = key_range(
         block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
     )
-    if POSITION == 2 and not WINDOW and not DOCUMENTS:
+    if DOCUMENTS and not WINDOW:
+        for at in range(start, seen_by_all, BLOCK_K):
+            dq0, dq1 = _backward_queries_block(
+                at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
+                first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key,
+                ahead, F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE,
+                UNIT, D1, BLOCK_K)  # fmt: skip
+        start = seen_by_all
+    if POSITION == 2 and not WINDOW:
         near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(start, near, BLOCK_K):

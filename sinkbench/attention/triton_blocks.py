@@ -160,8 +160,8 @@ def key_range(
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """First and last key that a block of queries sees; in between, the end of the keys that every query of
-    the block sees, which begin with the first."""
+    """First and last key that a block of queries sees; in between, the first and the end of the keys that
+    every query of the block sees. Without documents they begin with the first."""
     row = block * BLOCK_Q
     start = row * 0
     unmasked = row // BLOCK_K * BLOCK_K
@@ -176,10 +176,15 @@ def key_range(
             unmasked = start
         else:
             unmasked = tl.where(row + BLOCK_Q <= prefix, prefix // BLOCK_K * BLOCK_K, unmasked)
+    seen_by_all = start
     if DOCUMENTS:  # later rows' documents begin later
         start = tl.maximum(start, tl.load(documents_ptr + row) // BLOCK_K * BLOCK_K)
-        unmasked = start
-    return start, unmasked, end
+        last = tl.load(documents_ptr + tl.minimum(row + BLOCK_Q, length) - 1)
+        seen_by_all = tl.minimum(unmasked, tl.cdiv(last, BLOCK_K) * BLOCK_K)
+        if WINDOW:
+            seen_by_all = start
+            unmasked = start
+    return start, seen_by_all, unmasked, end
 
 
 @triton.jit
@@ -195,8 +200,8 @@ def query_range(
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """First and last query that sees some key of a block; in between, the first of those that see every key
-    of it, which go on to the last."""
+    """First and last query that sees some key of a block; in between, the first and the end of those that see
+    every key of it. Without documents they go on to the last."""
     key = block * BLOCK_K
     start = key // BLOCK_Q * BLOCK_Q
     end = length
@@ -208,11 +213,15 @@ def query_range(
         end = tl.where(key < prefix, tl.maximum(end, prefix), end)
         masked_end = tl.where(key + BLOCK_K <= prefix, 0, masked_end)
     if DOCUMENTS:
-        last = tl.minimum(key + BLOCK_K, length) - 1
-        end = tl.minimum(end, tl.load(documents_ptr + rows_of(1, length) + last))
-    if WINDOW or DOCUMENTS:
+        ends_ptr = documents_ptr + rows_of(1, length)
+        end = tl.minimum(end, tl.load(ends_ptr + tl.minimum(key + BLOCK_K, length) - 1))
+        masked_end = tl.minimum(end, masked_end)
+    if WINDOW:
         masked_end = end
-    return start, masked_end, end
+    unmasked_end = end
+    if DOCUMENTS and not WINDOW:
+        unmasked_end = tl.maximum(masked_end, tl.load(ends_ptr + key) // BLOCK_Q * BLOCK_Q)
+    return start, masked_end, unmasked_end, end
 
 
 @triton.jit

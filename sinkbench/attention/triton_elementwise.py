@@ -201,7 +201,7 @@ class _Call:
             "normalize": s.normalize,
             "position": s.position,
         }
-        return tiles.choose(kernel, self.q, variant, launch, s.position)
+        return tiles.choose(kernel, self.q, variant, launch, s.position, self.switches["DOCUMENTS"])
 
     def divided_gradient(self, grad: Tensor, out: Tensor, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dO', and D and the log-sum-exp of each row, which have room for whole blocks; see the kernel.

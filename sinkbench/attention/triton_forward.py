@@ -106,10 +106,19 @@ def forward(
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
     slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
-    start, unmasked, end = key_range(
+    start, seen_by_all, unmasked, end = key_range(
         block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
     )
-    if POSITION == 2 and not WINDOW and not DOCUMENTS:
+    if DOCUMENTS and not WINDOW:
+        for at in range(start, seen_by_all, BLOCK_K):
+            o0, o1, r, largest = _forward_block(
+                at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first,
+                second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
+                F, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT, D1,
+                BLOCK_K,
+            )  # fmt: skip
+        start = seen_by_all
+    if POSITION == 2 and not WINDOW:
         near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(start, near, BLOCK_K):

@@ -108,7 +108,7 @@ def _row_sums(
     total = tl.zeros([BLOCK_Q], tl.float32)
     absolute = tl.zeros([BLOCK_Q], tl.float32)
     largest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    start, unmasked, end = key_range(
+    start, _, unmasked, end = key_range(
         block, length, window, prefix, 0, WINDOW, PREFIX, False, BLOCK_Q, BLOCK_K
     )
     for at in range(start, unmasked, BLOCK_K):
