@@ -70,7 +70,7 @@ def packed(name: str, lengths: Sequence[Sequence[int]] = SHORT, **more: Any) -> 
 
 
 def cases() -> list[Any]:
-    """Every variant without a prefix, by all backends that can; flex, which is slow here, in the full suite."""
+    """Every variant without a prefix, by all backends that can; flex, slow here, in the full suite."""
     return [
         pytest.param(name, backend, marks=[pytest.mark.full] if backend == "flex" else [])
         for name, variant in VARIANTS.items()
