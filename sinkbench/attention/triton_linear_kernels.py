@@ -118,7 +118,8 @@ def running_sums(
     else:
         features = (part - tl.cdiv(D, BLOCK) * across) * BLOCK + tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK], tl.float32)
-        for step in range(chunks * group):
+        # Stages are named here: by itself the compiler pipelines only what products read.
+        for step in tl.range(chunks * group, num_stages=4):
             chunk, head = step // group, (step % group).to(tl.int64)
             if BACKWARD:
                 chunk = chunks - 1 - chunk
