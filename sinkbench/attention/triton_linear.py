@@ -112,8 +112,8 @@ class _Linear(torch.autograd.Function):
             factor, delta = call.row_terms(grad, out, total)
         elif of_total:
             # z has no part in O here, and a gradient of its own.
-            scale = call.s.scale
-            factor, delta = torch.full_like(of_total[0], scale), (-scale * of_total[0]).contiguous()
+            delta = -call.s.scale * of_total[0].contiguous()
+            factor = torch.full_like(delta, call.s.scale)
         else:
             factor = delta = q  # not read
         return *call.gradients(grad, factor, delta), None
@@ -153,10 +153,10 @@ class _Call:
         block = min(chosen.block_k, self.columns(max(self.q.shape[-1], self.v.shape[-1])))
         return {"C": max(chosen.block_q, SMALLEST_CHUNK), "BLOCK": block, **options}
 
-    def tiles(self, kernel: str, launch: Any) -> Tiles:
+    def tiles(self, kernel: str, launch: tiles.Launch) -> Tiles:
         s = self.s
         variant = {
-            "head_size": self.v.shape[-1],
+            "value_size": self.v.shape[-1],
             "group": self.group,
             "normalize": s.normalize,
             "sums": s.sums,
