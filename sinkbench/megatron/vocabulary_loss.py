@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sinkbench.megatron.fusions import compiled
 from sinkbench.megatron.sequence import Group
-from sinkbench.megatron.weight_gradients import accumulate, add_product
+from sinkbench.megatron.weight_gradients import accumulate, add_product, product
 
 PART_BYTES = 2**30
 """Of the logits held at once. At a vocabulary of 50,432 in bf16 that is 8,192 tokens, enough for a product
@@ -97,8 +97,7 @@ class _VocabularyLoss(torch.autograd.Function):
     ) -> Tensor:
         for_hidden, for_weight = (with_gradients and needed for needed in ctx.needs_input_grad[:2])
         gradients = _Gradients(
-            hidden=torch.empty_like(hidden_tn) if for_hidden else None,
-            weight=torch.zeros_like(weight_vn, dtype=_wide(weight_vn.dtype)) if for_weight else None,
+            hidden=torch.empty_like(hidden_tn) if for_hidden else None, for_weight=for_weight
         )
         losses_t = factor_t.new_empty(len(hidden_tn), dtype=_wide(hidden_tn.dtype))
         first = setting.group.rank() * len(weight_vn)
@@ -135,16 +134,20 @@ class _VocabularyLoss(torch.autograd.Function):
 
 @dataclass(kw_only=True)
 class _Gradients:
-    """Those of the sum of the losses; None where there is none to make."""
+    """Those of the sum of the losses; None where there is none to make, and the weight's before its first
+    part."""
 
     hidden: Tensor | None
-    weight: Tensor | None
+    for_weight: bool
+    weight: Tensor | None = None
 
     def add(self, part: slice, grad_tv: Tensor, hidden_tn: Tensor, weight_vn: Tensor) -> None:
         if self.hidden is not None:
             torch.mm(grad_tv, weight_vn, out=self.hidden[part])
         if self.weight is not None:
             add_product(self.weight, grad_tv.t(), hidden_tn)
+        elif self.for_weight:
+            self.weight = product(grad_tv.t(), hidden_tn, _wide(hidden_tn.dtype))
 
 
 def part_size(tokens: int, bytes_per_token: int, part_bytes: int) -> int:

@@ -39,6 +39,15 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b)
 
 
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, of matrices, in their dtype or float32: what ``add_product`` adds to zeros."""
+    if dtype == a.dtype:
+        return torch.mm(a, b)
+    if a.is_cuda and _adds_to_wide_sums():
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
 def _adds_to_wide_sums() -> bool:
     """Since torch 2.10 the sum may have the output's dtype instead of the factors'."""
     major, minor = torch.__version__.split(".")[:2]
