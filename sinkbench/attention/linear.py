@@ -4,8 +4,8 @@
 
 (Katharopoulos et al. 2006.16236). Within a chunk by its matrix of scores; the chunks before come as one
 matrix, the sum of their k v^T. Factors of products have the inputs' dtype; products and sums are float32
-(float64 for such inputs). On CUDA in Triton kernels (``triton_linear``); on a CPU, and where they do not fit,
-in the same sums by torch, which ``causal_sums`` are.
+(float64 for such inputs). On CUDA the Triton kernels of ``triton_linear`` compute it, on a CPU and where they
+do not fit ``causal_sums`` in torch.
 
 Shapes: b sequence of the batch, h head, g kv head, r head of a kv head, t position, n chunk, c position in
 it, d size of the features, e head size.
