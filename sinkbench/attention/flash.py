@@ -31,6 +31,9 @@ from torch.autograd.function import once_differentiable
 BEYOND_ALL_SCORES = 1e30
 """exp(S - this) is zero."""
 
+Terms = tuple[Tensor | None, Tensor | None, Tensor | None]
+"""k*, v* and z, as in ``More``."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -126,26 +129,20 @@ class _Softmax(torch.autograd.Function):
             output[:, :, :prefix] = within
             lse[:, :, :prefix] = within_lse
             states.append(state)
-        slot_score = None
         if slot_key is not None or sink_logit is not None:
-            weighed = fused(weigh, output)(lse, query, slot_key, sink_logit, scores.scale)
-            lse, slot_score = weighed.total, weighed.slot_score
-            fused(_mix_in_place, output)(output, weighed.kept, weighed.slot, slot_value)
-        ctx.save_for_backward(*inputs, output, lse, slot_key, slot_value, sink_logit, slot_score)
+            lse = _join(output, lse, query, (slot_key, slot_value, sink_logit), scores.scale)
+        ctx.save_for_backward(*inputs, output, lse, slot_key, slot_value, sink_logit)
         ctx.kernel, ctx.scores, ctx.prefix, ctx.states = kernel, scores, prefix, states
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse, slot_key, slot_value, sink_logit, slot_score = ctx.saved_tensors
+        query, key, value, output, lse, *terms = ctx.saved_tensors
         grads = list(_backward(ctx, grad, (query, key, value), output, lse))
-        of_terms: tuple[Tensor | None, ...] = (None, None, None)
-        if any(ctx.needs_input_grad[3:6]) or slot_score is not None:
-            rows = fused(_row_gradients, query)
-            by_row = rows(grad, output, lse, slot_score, slot_value, sink_logit)
-            spread = fused(_spread, query)
-            of_terms = spread(by_row, grad, query, grads[0], slot_key, slot_value, ctx.scores.scale)
+        of_terms: Gradients = (None, None, None)
+        if any(ctx.needs_input_grad[3:6]) or terms[0] is not None:
+            of_terms = _gradients(grad, output, lse, query, grads[0], tuple(terms), ctx.scores.scale)
         return (*grads, *of_terms, None, None, None)
 
 
@@ -177,11 +174,10 @@ def _first(tensors: tuple[Tensor, Tensor, Tensor], prefix: int) -> tuple[Tensor,
 
 
 class Weighed(NamedTuple):
-    """L', s, and the weights of O and of v* in R, all [b, h, q]; None without a slot."""
+    """L', and the weights of O and of v* in R, all [b, h, q]; None without a slot."""
 
     total: Tensor
     kept: Tensor
-    slot_score: Tensor | None
     slot: Tensor | None
 
 
@@ -193,15 +189,19 @@ def weigh(
     scale: float,
 ) -> Weighed:
     """The first of the two steps to R, along the rows."""
-    total, slot_score, slot = lse_bhq, None, None
+    total, score, slot = lse_bhq, None, None
     if slot_key_hd is not None:
-        slot_score = (query_bhqd.to(total.dtype) * slot_key_hd[:, None].to(total.dtype)).sum(-1) * scale
-        total = torch.logaddexp(total, slot_score)
+        score = _score_of_slot(query_bhqd, slot_key_hd, total.dtype) * scale
+        total = torch.logaddexp(total, score)
     if sink_logit_h is not None:
         total = torch.logaddexp(total, sink_logit_h[:, None].to(total.dtype))
-    if slot_score is not None:
-        slot = (slot_score - total).exp()
-    return Weighed(total, (lse_bhq - total).exp(), slot_score, slot)
+    if score is not None:
+        slot = (score - total).exp()
+    return Weighed(total, (lse_bhq - total).exp(), slot)
+
+
+def _score_of_slot(query_bhqd: Tensor, slot_key_hd: Tensor, dtype: torch.dtype) -> Tensor:
+    return (query_bhqd.to(dtype) * slot_key_hd[:, None].to(dtype)).sum(-1)
 
 
 def mix(
@@ -214,58 +214,49 @@ def mix(
     return result.to(output_bhqd.dtype)
 
 
-def _mix_in_place(output: Tensor, kept: Tensor, slot: Tensor | None, slot_value: Tensor | None) -> None:
-    """It spares memory, and some of the way to it while O is still in the cache."""
-    output.copy_(mix(output, kept, slot, slot_value))
+def _join(output: Tensor, lse: Tensor, query: Tensor, terms: Terms, scale: float) -> Tensor:
+    """L'; the output becomes R."""
+    if output.is_cuda:
+        from sinkbench.attention import triton_terms
+
+        return triton_terms.join(output, lse, query, terms, scale)
+    slot_key, slot_value, sink_logit = terms
+    weighed = weigh(lse, query, slot_key, sink_logit, scale)
+    output.copy_(mix(output, weighed.kept, weighed.slot, slot_value))
+    return weighed.total
 
 
-class _RowGradients(NamedTuple):
-    """ds and the weight of v* [b, h, q], and dz [h]."""
-
-    slot_score: Tensor | None
-    slot: Tensor | None
-    sink_logit: Tensor | None
-
-
-def _row_gradients(
+def _gradients(
     grad: Tensor,
     output: Tensor,
     total: Tensor,
-    slot_score: Tensor | None,
-    slot_value: Tensor | None,
-    sink_logit: Tensor | None,
-) -> _RowGradients:
+    query: Tensor,
+    grad_query: Tensor,
+    terms: Terms,
+    scale: float,
+) -> Gradients:
+    """dk*, dv* and dz; what the slot's key adds to dq is added in place."""
+    if output.is_cuda:
+        from sinkbench.attention import triton_terms
+
+        return triton_terms.gradients(grad, output, total, query, grad_query, terms, scale)
+    slot_key, slot_value, sink_logit = terms
     wide = grad.to(total.dtype)
     mean = (wide * output).sum(-1)
-    of_score = slot = of_sink = None
+    of_key = of_value = of_sink = None
     if sink_logit is not None:
         weight = (sink_logit[:, None].to(total.dtype) - total).exp()
         of_sink = -(weight * mean).sum((0, 2)).to(sink_logit.dtype)
-    if slot_score is not None:
-        slot = (slot_score - total).exp()
+    if slot_key is not None:
+        score = _score_of_slot(query, slot_key, total.dtype) * scale
+        weight = (score - total).exp()
         direct = 0.0 if slot_value is None else (wide * slot_value[:, None]).sum(-1)
-        of_score = slot * (direct - mean)
-    return _RowGradients(of_score, slot, of_sink)
-
-
-def _spread(
-    rows: _RowGradients,
-    grad: Tensor,
-    query: Tensor,
-    grad_query: Tensor,
-    slot_key: Tensor | None,
-    slot_value: Tensor | None,
-    scale: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dk*, dv* and dz; what the slot's key adds to dq is added in place."""
-    of_key = of_value = None
-    if slot_key is not None and rows.slot_score is not None and rows.slot is not None:
-        change = scale * rows.slot_score[..., None]
+        change = (scale * weight * (direct - mean))[..., None]
         grad_query.copy_(grad_query + change * slot_key[:, None])
         of_key = (change * query).sum((0, 2)).to(slot_key.dtype)
         if slot_value is not None:
-            of_value = (rows.slot[..., None] * grad).sum((0, 2)).to(slot_value.dtype)
-    return of_key, of_value, rows.sink_logit
+            of_value = (weight[..., None] * wide).sum((0, 2)).to(slot_value.dtype)
+    return of_key, of_value, of_sink
 
 
 def fused(function: _Function, like: Tensor) -> _Function:

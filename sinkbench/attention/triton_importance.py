@@ -35,7 +35,7 @@ from sinkbench.attention.triton_blocks import (
 from sinkbench.attention.triton_elementwise import is_wide, padded_table, precision, split_head_size
 from sinkbench.attention.triton_math import exp2
 
-TILES = {"rows": Tiles(64, 64, 4, 2), "columns": Tiles(64, 64, 4, 2)}
+TILES = {"rows": Tiles(64, 64, 4, 3), "columns": Tiles(64, 128, 4, 3)}
 """Of half precision and heads up to 128."""
 UNIT = math.log2(math.e)
 """A softmax's weights are powers of two in the kernels."""
