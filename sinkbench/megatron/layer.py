@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -37,8 +37,7 @@ class LayerParts:
     ffn: bool
     parallel_residual: bool = False
     fused: bool = False
-    """norms with the residual addition before them, also that of the layer before, activations, and rotation
-    are compiled."""
+    """norms with the residual addition before them, activations, and rotation are compiled."""
 
 
 def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> torch.nn.Module:
@@ -71,16 +70,39 @@ def sum_with_normed(norm: torch.nn.Module, x: Tensor, added: Tensor) -> Tensor:
     return result
 
 
+class Read:
+    """What a norm makes of the residual stream. Fused, it may be made ahead, in one kernel with the addition
+    that ends the layer before; so is their gradient then. These are four passes over the residual stream
+    forward and four backward, where apart they are five and six.
+
+    The layer before returns the sum all the same, for whatever else reads or changes it.
+    """
+
+    def __init__(self, norm: torch.nn.Module, fused: bool) -> None:
+        self.norm = norm
+        self._fused = fused
+        self._ahead: tuple[Tensor, Tensor] | None = None
+        """Hidden states, and what is read of them."""
+
+    def of(self, x: Tensor) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        # A hook may have put other hidden states in the place of those that the layer before returned.
+        if ahead is not None and ahead[0] is x:
+            return ahead[1]
+        return compiled(normed)(self.norm, x) if self._fused else normed(self.norm, x)
+
+    def of_sum(self, x: Tensor, added: Tensor) -> Tensor:
+        """The sum, of which is read next."""
+        x, read = compiled(sum_and_normed)(self.norm, x, added)
+        self._ahead = (x, read)
+        return x
+
+
 class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
     """Attention and feed-forward, each around the residual stream x:
 
     pre: x + f(norm(x)); post: norm(x + f(x)); sandwich: x + norm(f(norm(x))). With a parallel residual both
     read the same x.
-
-    Fused, with norms before the sublayers, a layer's last addition is one kernel with the norm that the next
-    layer begins with, and so is their gradient: four passes over the residual stream forward and four
-    backward, where apart they are five and six. The layer returns the sum all the same, for whatever else
-    reads or changes it; what it has normed waits at the next layer, see ``read_ahead``.
     """
 
     def __init__(
@@ -101,11 +123,10 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         self.attention = SelfAttention(
             config, submodules.attention, self.layer_number, pg_collection, submodules.fused
         )
-        self._next: tuple[Layer, ...] = ()  # a tuple, since it is no part of this layer
-        self._ahead: tuple[Tensor, Tensor] | None = None
-        """Hidden states, and what the first sublayer reads of them."""
         self.to_next_stage: FirstValue | None = None
         """Set on the last layer of a stage whose followers need the values of layer 1."""
+        self.next_read: Read | None = None
+        """Set where this layer's last addition is one kernel with the norm that follows."""
         linears = MLPSubmodules(
             linear_fc1=tensor_parallel.ColumnParallelLinear,
             linear_fc2=tensor_parallel.RowParallelLinear,
@@ -120,6 +141,8 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
                 for name in self._norm_names(sublayer)
             }
         )
+        if self.location == "pre":
+            self.first_read = Read(self.norms["attention_input"], submodules.fused)
 
     def _norm_names(self, sublayer: str) -> list[str]:
         before, after = f"{sublayer}_input", f"{sublayer}_output"
@@ -149,12 +172,13 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
             added = self._after_norm(hidden_states, attention, "attention")
             hidden_states = hidden_states + added + self._after_norm(hidden_states, self._mlp, "mlp")
         elif self.location == "pre":
-            added = self._dropout(attention(self._first_read(hidden_states)))
+            added = self._dropout(attention(self.first_read.of(hidden_states)))
             if self.mlp is not None:
                 norm = self.norms["mlp_input"]
                 hidden_states, read = self._fuse(sum_and_normed)(norm, hidden_states, added)
                 added = self._dropout(self._mlp(read))
-            hidden_states = self._last_sum(hidden_states, added)
+            ends = self.next_read
+            hidden_states = hidden_states + added if ends is None else ends.of_sum(hidden_states, added)
         else:
             hidden_states = self._around(hidden_states, attention, "attention")
             if self.mlp is not None:
@@ -169,22 +193,6 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         output, bias = self.mlp(x)
         biased: Tensor = output if bias is None else output + bias
         return biased
-
-    def _first_read(self, x: Tensor) -> Tensor:
-        ahead, self._ahead = self._ahead, None
-        # A hook may have put other hidden states in the place of those that the layer before returned.
-        if ahead is not None and ahead[0] is x:
-            return ahead[1]
-        read: Tensor = self._fuse(normed)(self.norms["attention_input"], x)
-        return read
-
-    def _last_sum(self, x: Tensor, added: Tensor) -> Tensor:
-        if not self._next:
-            return x + added
-        (following,) = self._next
-        x, read = self._fuse(sum_and_normed)(following.norms["attention_input"], x, added)
-        following._ahead = (x, read)
-        return x
 
     def _around(self, x: Tensor, sublayer: Callable[[Tensor], Tensor], name: str) -> Tensor:
         """Norms after the sublayer."""
@@ -207,13 +215,17 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         return torch.nn.functional.dropout(x, probability, self.training) if probability else x
 
 
-def read_ahead(layers: Iterable[Layer]) -> None:
-    """Lets each of a stage's layers norm its sum for the one after it, where one kernel does both. Not where
-    a layer is computed again in the backward pass: that knows of a layer's arguments alone."""
-    for layer, following in pairwise(layers):
+def read_ahead(layers: Sequence[Layer], last: Read | None) -> None:
+    """Lets each layer of a stage make what is read next, where one kernel does that with its last addition.
+    Not where a layer is computed again in the backward pass: that knows of a layer's arguments alone.
+
+    Args:
+        last: of the last layer's sum; None if another stage reads it.
+    """
+    for layer, following in zip_longest(layers, layers[1:]):
         apart = layer.parallel_residual or layer.config.recompute_granularity == "full"
         if layer.fused and layer.location == "pre" and not apart:
-            layer._next = (following,)
+            layer.next_read = last if following is None else following.first_read
 
 
 def layer_specs(parts: LayerParts, count: int) -> TransformerBlockSubmodules:

@@ -24,7 +24,7 @@ from sinkbench.api import Batch, LossSpec, PositionalSpec
 from sinkbench.attention import reference
 from sinkbench.megatron.first_value import FirstValue
 from sinkbench.megatron.initialise import seeded
-from sinkbench.megatron.layer import LayerParts, layer_specs, make_norm, read_ahead
+from sinkbench.megatron.layer import LayerParts, Read, layer_specs, make_norm, read_ahead
 from sinkbench.megatron.sequence import local_positions
 from sinkbench.megatron.vocabulary_loss import Setting, token_losses
 
@@ -151,7 +151,7 @@ class Network(LanguageModule):  # type: ignore[misc]
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
-        read_ahead(self.decoder.layers)
+        self._final_read: Read | None = None
         if not post_process:
             self.decoder.layers[-1].to_next_stage = self.carried
         if post_process:
@@ -159,6 +159,8 @@ class Network(LanguageModule):  # type: ignore[misc]
             self.final_norm = (
                 None if post_norm else make_norm(parts.normalization, config.hidden_size, config)
             )
+            if self.final_norm is not None:
+                self._final_read = Read(self.final_norm, parts.fused)
             self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocab_size,
@@ -170,6 +172,7 @@ class Network(LanguageModule):  # type: ignore[misc]
                 skip_weight_param_allocation=pre_process and tie_embeddings,
                 tp_group=pg_collection.tp,
             )
+        read_ahead(self.decoder.layers, self._final_read)
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
 
@@ -203,8 +206,8 @@ class Network(LanguageModule):  # type: ignore[misc]
         )
         if not self.post_process:
             return hidden
-        if self.final_norm is not None:
-            hidden = self.final_norm(hidden)
+        if self._final_read is not None:
+            hidden = self._final_read.of(hidden)
         if "targets" not in batch:
             return hidden
         hidden = hidden[self.leading :]

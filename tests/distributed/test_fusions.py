@@ -122,23 +122,24 @@ def test_norms_of_the_next_layer(run_distributed: RunDistributed, layout: str) -
 
 
 def rank_looks_ahead(rank: int, world_size: int, overrides: Sequence[str]) -> set[int]:
-    """The layers that find what they read. A hook changes what the second one returns, which no layer may
-    miss."""
+    """The layers (5 the final norm) whose first norm is there when the layer before ends. A hook changes what
+    the second one returns, which no layer may miss."""
     found: set[int] = set()
 
-    def watch(layer: Any, arguments: Any) -> None:
-        if layer._ahead is not None:
-            found.add(layer.layer_number)
+    def watch(read: Any, number: int) -> Any:
+        return lambda *_: found.add(number) if read is not None and read._ahead is not None else None
 
     def change(layer: Any, arguments: Any, output: Any) -> Any:
         hidden, context = output
         return hidden.flip(-1), context
 
     def hook(engine: Any) -> None:
-        layers = engine.networks[0].decoder.layers
+        network = engine.networks[0]
+        layers = network.decoder.layers
         layers[1].register_forward_hook(change)
-        for layer in layers:
-            layer.register_forward_pre_hook(watch)
+        reads = [getattr(layer, "first_read", None) for layer in layers[1:]] + [network._final_read]
+        for number, (layer, read) in enumerate(zip(layers, reads, strict=True), 2):
+            layer.register_forward_hook(watch(read, number))
 
     plain = trained((*TINY, *overrides, "train.fused=[]"), hook=hook)
     assert not found
@@ -148,8 +149,8 @@ def rank_looks_ahead(rank: int, world_size: int, overrides: Sequence[str]) -> se
 
 
 @pytest.mark.parametrize(("form", "ahead"), [
-    (PRE, {2, 3, 4}),
-    pytest.param((*PRE, "model.ffn=none"), {2, 3, 4}, marks=pytest.mark.full),
+    (PRE, {2, 3, 4, 5}),
+    pytest.param((*PRE, "model.ffn=none"), {2, 3, 4, 5}, marks=pytest.mark.full),
     pytest.param((*PRE, "train.recompute=full"), set(), marks=pytest.mark.full),
     pytest.param(SANDWICH, set(), marks=pytest.mark.full),
     pytest.param(PARALLEL, set(), marks=pytest.mark.full),
