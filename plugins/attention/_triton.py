@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sinkbench.attention.triton_math import exp
+from sinkbench.triton_math import exp
 
 
 @triton.jit

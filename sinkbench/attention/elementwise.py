@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from sinkbench.files import write_atomically
 
 HELPERS = ("exp", "exp2", "expm1", "log1p", "tanh")
-"""Of sinkbench.attention.triton_math: what Triton has no function for."""
+"""Of sinkbench.triton_math: what Triton has no function for."""
 
 _UNARY = {
     "neg": "-{0}",
@@ -122,7 +122,7 @@ def write(function: Callable[[Tensor], Tensor]) -> Written:
     name = f"{function.__module__}.{getattr(function, '__qualname__', 'function')}"
     lines = [f'"""{name} and its derivative, written by sinkbench.attention.elementwise."""', ""]
     lines += ["import triton", "import triton.language as tl", ""]
-    lines += [f"from sinkbench.attention.triton_math import {', '.join(used)}"] if used else []
+    lines += [f"from sinkbench.triton_math import {', '.join(used)}"] if used else []
     return Written(header="\n".join(lines), body=body)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sinkbench.attention.triton_math import exp2
+from sinkbench.triton_math import exp2
 
 SLOPE = 1
 TABLE = 2

@@ -33,9 +33,9 @@ from sinkbench.attention.triton_blocks import (
     visible,
 )
 from sinkbench.attention.triton_elementwise import is_wide, padded_table, precision, split_head_size
-from sinkbench.attention.triton_math import exp2
+from sinkbench.triton_math import exp2
 
-TILES = {"rows": Tiles(64, 64, 4, 3), "columns": Tiles(64, 128, 4, 3)}
+TILES = {"rows": Tiles(64, 64, 4, 3), "columns": Tiles(64, 64, 4, 3)}
 """Of half precision and heads up to 128."""
 UNIT = math.log2(math.e)
 """A softmax's weights are powers of two in the kernels."""
@@ -49,15 +49,17 @@ COLUMN_PROGRAMS = 1024
 def _row_sums_block(
     at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
     length, scale, bias, window, prefix, position_ptr, slope, ahead,
-    F: tl.constexpr, SOFTMAX: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
-    PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
     s = dot(q0, tl.trans(load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)), None, PRECISION)
     if D1 > 1:
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
-    s = s * scale + bias
+    s = s * scale
+    if BIAS:
+        s += bias
     s = add_position(
         s, rows[:, None], keys[None, :], at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
     )
@@ -115,13 +117,13 @@ def _row_sums(
         total, absolute, largest = _row_sums_block(
             at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
             length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
-            F, SOFTMAX, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+            F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         total, absolute, largest = _row_sums_block(
             at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
             length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
-            F, SOFTMAX, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_K,
+            F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_K,
         )  # fmt: skip
     inside = rows < length
     at_row = pair.to(tl.int64) * length + rows
@@ -136,32 +138,33 @@ def _row_sums(
 def _column_sums_block(
     at, keys, k0, k1, raw, proxy, q_ptr, shift_ptr, raw_ptr, proxy_ptr, stride_qt, first, second,
     length, scale, bias, window, prefix, position_ptr, slope, ahead,
-    F: tl.constexpr, SOFTMAX: tl.constexpr, POSITION: tl.constexpr, WINDOW: tl.constexpr,
-    PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
-    UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     rows = at + tl.arange(0, BLOCK_Q)
     inside = rows < length
     q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
-    s = dot(k0, tl.trans(q0), None, PRECISION)
+    s = dot(q0, tl.trans(k0), None, PRECISION)
     if D1 > 1:
         q1 = load_rows(q_ptr, rows, second, stride_qt, length, True, WIDE)
-        s = dot(k1, tl.trans(q1), s, PRECISION)
-    s = s * scale + bias
+        s = dot(q1, tl.trans(k1), s, PRECISION)
+    s = s * scale
+    if BIAS:
+        s += bias
     s = add_position(
-        s, rows[None, :], keys[:, None], at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
+        s, rows[:, None], keys[None, :], at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
     )
     if SOFTMAX:
         shift = tl.load(shift_ptr + rows, mask=inside, other=float("inf"))
-        p = exp2(s - shift[None, :])
+        p = exp2(s - shift[:, None])
     else:
         p = F(s)
     if MASK:
-        seen = visible(rows[None, :], keys[:, None], 0, window, prefix, WINDOW, PREFIX, False)
-        p = tl.where(seen & (rows[None, :] >= keys[:, None]), p, 0.0)
-    raw += tl.sum(p * tl.load(raw_ptr + rows, mask=inside, other=0.0)[None, :], 1)
-    weight = tl.load(proxy_ptr + rows, mask=inside, other=0.0)
-    proxy += tl.sum(tl.abs(p) * weight[None, :], 1)
+        seen = visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False)
+        p = tl.where(seen & (rows[:, None] >= keys[None, :]), p, 0.0)
+    raw += p * tl.load(raw_ptr + rows, mask=inside, other=0.0)[:, None]
+    proxy += tl.abs(p) * tl.load(proxy_ptr + rows, mask=inside, other=0.0)[:, None]
     return raw, proxy
 
 
@@ -195,8 +198,9 @@ def _column_sums(
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
     slope, _ = load_position(position_ptr, POSITION, False, UNIT)
-    raw = tl.zeros([BLOCK_K], tl.float32)
-    proxy = tl.zeros([BLOCK_K], tl.float32)
+    # Summed over the rows of a block at the end only.
+    raw = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
+    proxy = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     step = tl.num_programs(2) * BLOCK_Q
     start = key // BLOCK_Q * BLOCK_Q + part * BLOCK_Q
     end = length
@@ -212,19 +216,19 @@ def _column_sums(
         raw, proxy = _column_sums_block(
             at, keys, k0, k1, raw, proxy, q_ptr, shift_ptr, raw_ptr, proxy_ptr, stride_qt, first, second,
             length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
-            F, SOFTMAX, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_Q,
+            F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, True, PRECISION, WIDE, UNIT, D1, BLOCK_Q,
         )  # fmt: skip
     if not WINDOW:
         for at in range(masked_end, end, step):
             raw, proxy = _column_sums_block(
                 at, keys, k0, k1, raw, proxy, q_ptr, shift_ptr, raw_ptr, proxy_ptr, stride_qt, first,
                 second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
-                F, SOFTMAX, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_Q,
+                F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, False, PRECISION, WIDE, UNIT, D1, BLOCK_Q,
             )  # fmt: skip
     out = out_ptr + (part * tl.num_programs(1) + pair).to(tl.int64) * 2 * columns
     within = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    tl.store(out + within, raw, mask=within < columns)
-    tl.store(out + columns + within, proxy, mask=within < columns)
+    tl.store(out + within, tl.sum(raw, 0), mask=within < columns)
+    tl.store(out + columns + within, tl.sum(proxy, 0), mask=within < columns)
 
 
 @dataclass(frozen=True, kw_only=True)

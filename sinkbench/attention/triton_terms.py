@@ -18,7 +18,7 @@ from torch import Tensor
 from sinkbench.attention.flash import Gradients, Terms
 from sinkbench.attention.triton_blocks import at_rows
 from sinkbench.attention.triton_elementwise import is_wide
-from sinkbench.attention.triton_math import exp
+from sinkbench.triton_math import exp
 
 BLOCK = 32
 """Queries of a program."""
