@@ -1,5 +1,5 @@
-"""What the Triton functions of a similarity are made of: functions that Triton lacks, in float32 and near zero
-as exact as torch's, and exponentials that are fast in the loops of the attention kernels."""
+"""What the Triton functions of a similarity are made of: functions that Triton lacks, in float32 and near
+zero as exact as torch's, and exponentials that are fast in the loops of the attention kernels."""
 
 from __future__ import annotations
 
