@@ -132,7 +132,7 @@ def _median(key: str, call: Callable[[], None]) -> Row:
 
     try:
         with torch.cuda.stream(torch.cuda.Stream()):
-            return {key: do_bench_cudagraph(call, rep=80, return_mode="median")}
+            return {key: do_bench_cudagraph(call, rep=20, return_mode="median")}
     except RuntimeError as error:  # something in it cannot be captured
         torch.cuda.synchronize()
         why = " ".join(str(error).split())[:200]
