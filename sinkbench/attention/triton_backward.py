@@ -96,15 +96,26 @@ def _backward_keys_block(
     s = s * scale
     if BIAS:
         s += bias
+    since = load_documents(documents_ptr, rows, DOCUMENTS)
     s = add_position(
-        s, rows[None, :], keys[:, None], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
+        s,
+        rows[None, :],
+        keys[:, None],
+        since[None, :],
+        at,
+        position_ptr,
+        slope,
+        by_key,
+        ahead,
+        POSITION,
+        PREFIX,
+        UNIT,
     )
     if NORMALIZE == 3:
         s -= lse[None, :]
     p = F(s)
     ds = DF(s, p)
     if MASK:
-        since = load_documents(documents_ptr, rows, DOCUMENTS)
         allowed = visible(
             rows[None, :], keys[:, None], since[None, :], window, prefix, WINDOW, PREFIX, DOCUMENTS
         )
@@ -115,7 +126,7 @@ def _backward_keys_block(
     ds = ds * dp
     db += tl.sum(tl.sum(ds, 1), 0)
     if SLOPE_GRADIENT:
-        distance = distance_of(rows[None, :], keys[:, None], by_key, PREFIX)
+        distance = distance_of(rows[None, :], keys[:, None], since[None, :], by_key, PREFIX)
         dslope -= tl.sum(tl.sum(ds * distance, 1), 0)
     p = p.to(q0.dtype)
     ds = ds.to(q0.dtype)
@@ -170,7 +181,7 @@ def backward_keys(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not WINDOW, UNIT)
     # Queries beyond the end, in the last block, have a gradient of 0.
     start, masked_end, unmasked_end, end = query_range(
         block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
@@ -245,7 +256,18 @@ def _backward_queries_block(
     if BIAS:
         s += bias
     s = add_position(
-        s, rows[:, None], keys[None, :], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
+        s,
+        rows[:, None],
+        keys[None, :],
+        since[:, None],
+        at,
+        position_ptr,
+        slope,
+        by_key,
+        ahead,
+        POSITION,
+        PREFIX,
+        UNIT,
     )
     if NORMALIZE == 3:
         s -= lse[:, None]
@@ -306,7 +328,7 @@ def backward_queries(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not WINDOW, UNIT)
     start, seen_by_all, unmasked, end = key_range(
         block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
     )

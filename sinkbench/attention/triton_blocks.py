@@ -68,9 +68,9 @@ def dot(a, b, c, PRECISION: tl.constexpr):
 @triton.jit
 def load_position(position_ptr, POSITION: tl.constexpr, BY_KEY: tl.constexpr, UNIT: tl.constexpr):
     """A head's slope m, and which of two forms its bias has. A softmax does not see what is added to a whole
-    row, so where m < 0 favours far keys, the bias of row i and key j is m j in the place of -m (i - j): what
-    has weight then has a small bias, and what rounds a large one has no weight. (Not in a document that
-    begins late, where j is large.) A table is read by distance."""
+    row, so where m < 0 favours far keys, the bias of row i and key j is m (j - n) in the place of -m (i - j),
+    with n where the row's document begins: what has weight then has a small bias, and what rounds a large one
+    has no weight. In a window no key is far. A table is read by distance."""
     slope = 0.0
     if POSITION == 1:
         slope = tl.load(position_ptr) * UNIT
@@ -81,33 +81,34 @@ def load_position(position_ptr, POSITION: tl.constexpr, BY_KEY: tl.constexpr, UN
 
 
 @triton.jit
-def distance_of(row, key, by_key, PREFIX: tl.constexpr):
+def distance_of(row, key, begin, by_key, PREFIX: tl.constexpr):
     """What a slope is the negative factor of; ``row`` and ``key`` broadcast to the shape of the scores."""
     behind = row - key
     if PREFIX:  # keys may lie ahead
         behind = tl.abs(behind)
-    return (behind - tl.where(by_key, row, 0)).to(tl.float32)
+    return (behind - tl.where(by_key, row - begin, 0)).to(tl.float32)
 
 
 @triton.jit
 def add_position(
-    s, row, key, origin, table_ptr, slope, by_key, ahead,
+    s, row, key, begin, origin, table_ptr, slope, by_key, ahead,
     POSITION: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Scores and their bias by distance.
 
     Args:
         row, key: broadcast to the shape of the scores.
+        begin: of ``load_documents``, alike.
         origin: a position of the block. From there a slope takes one step for rows and one for keys, exact
             where they are near, which is less work than a distance of each pair.
         slope, by_key: of ``load_position``.
     """
     if POSITION == 1:
         if PREFIX:
-            s -= slope * distance_of(row, key, by_key, PREFIX)
+            s -= slope * distance_of(row, key, begin, by_key, PREFIX)
         else:
-            s += slope * (key - tl.where(by_key, 0, origin)).to(tl.float32)
-            s -= tl.where(by_key, 0.0, slope) * (row - origin).to(tl.float32)
+            s += slope * (key - origin).to(tl.float32)
+            s -= slope * tl.where(by_key, begin - origin, row - origin).to(tl.float32)
     if POSITION == 2:
         s += UNIT * look_up(table_ptr + (row - key + ahead))
     return s
@@ -127,12 +128,12 @@ def itself(s, p):
 
 @triton.jit
 def load_documents(documents_ptr, rows, DOCUMENTS: tl.constexpr):
-    """Where the documents of rows begin.
+    """Where the documents of rows begin; 0 without documents.
 
     Args:
         documents_ptr: of a sequence: where the document of each position begins, then where it ends.
     """
-    since = rows
+    since = rows * 0
     if DOCUMENTS:
         since = tl.load(documents_ptr + rows)
     return since

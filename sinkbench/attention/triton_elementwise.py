@@ -376,10 +376,12 @@ def softmax(
         scale=scale,
         window=window,
     )
-    if slope_h is not None and document_start_bt is None:
+    if slope_h is not None and window is None:
         # See ``load_position``: the kernels add as much to the rows of a rising slope.
-        position = torch.arange(log_sum.shape[2], device=log_sum.device)
-        log_sum = log_sum - slope_h.clamp(max=0.0).float()[:, None] * position
+        within = torch.arange(log_sum.shape[2], device=log_sum.device)
+        if document_start_bt is not None:
+            within = (within - document_start_bt)[:, None]
+        log_sum = log_sum - slope_h.clamp(max=0.0).float()[:, None] * within
     return output, log_sum
 
 

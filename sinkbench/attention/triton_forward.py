@@ -37,7 +37,18 @@ def _forward_block(
     if BIAS:
         s += bias
     s = add_position(
-        s, rows[:, None], keys[None, :], at, position_ptr, slope, by_key, ahead, POSITION, PREFIX, UNIT
+        s,
+        rows[:, None],
+        keys[None, :],
+        since[:, None],
+        at,
+        position_ptr,
+        slope,
+        by_key,
+        ahead,
+        POSITION,
+        PREFIX,
+        UNIT,
     )
     if MASK:
         seen = visible(
@@ -105,7 +116,7 @@ def forward(
     bias = 0.0
     if BIAS:
         bias = tl.load(bias_ptr + head) * UNIT
-    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not DOCUMENTS, UNIT)
+    slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not WINDOW, UNIT)
     start, seen_by_all, unmasked, end = key_range(
         block, length, window, prefix, documents_ptr, WINDOW, PREFIX, DOCUMENTS, BLOCK_Q, BLOCK_K
     )

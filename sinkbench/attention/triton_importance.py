@@ -61,7 +61,7 @@ def _row_sums_block(
     if BIAS:
         s += bias
     s = add_position(
-        s, rows[:, None], keys[None, :], at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
+        s, rows[:, None], keys[None, :], 0, at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
     )
     if SOFTMAX:
         if MASK:
@@ -153,7 +153,7 @@ def _column_sums_block(
     if BIAS:
         s += bias
     s = add_position(
-        s, rows[:, None], keys[None, :], at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
+        s, rows[:, None], keys[None, :], 0, at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
     )
     if SOFTMAX:
         shift = tl.load(shift_ptr + rows, mask=inside, other=float("inf"))

@@ -21,7 +21,9 @@ from sinkbench.attention.triton_elementwise import is_wide
 from sinkbench.triton_math import exp
 
 BLOCK = 32
-"""Queries of a program."""
+"""Queries of a block."""
+PROGRAMS, MOST_BLOCKS = 1024, 8
+"""As many programs as keep a card busy, before they take several blocks for their sums."""
 
 
 @triton.jit
@@ -54,10 +56,10 @@ def _join(
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """R in the place of O, and L'."""
-    pair = tl.program_id(1)
+    pair = tl.program_id(0)
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     o_ptr += batch * stride_ob + head.to(tl.int64) * stride_oh
-    rows, columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
+    rows, columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     inside = rows < length
     at = pair.to(tl.int64) * length + rows
     lse = tl.load(lse_ptr + at, mask=inside, other=0.0)
@@ -85,47 +87,65 @@ def _gradients(
     stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot,
     stride_qb, stride_qh, stride_qt, stride_dqb, stride_dqh, stride_dqt, heads, length, scale,
     KEY: tl.constexpr, VALUE: tl.constexpr, SINK: tl.constexpr, WIDE: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """What the slot's key adds to dq, and a block's part of dk*, dv* and dz."""
-    block, pair = tl.program_id(0), tl.program_id(1)
+    """What the slot's key adds to dq, and of each program, which takes BLOCKS blocks, a part of dk*, dv* and
+    dz. Neighbours take the same positions of other heads, which lie together."""
+    pair, program = tl.program_id(0), tl.program_id(1)
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     do_ptr += batch * stride_dob + head.to(tl.int64) * stride_doh
     o_ptr += batch * stride_ob + head.to(tl.int64) * stride_oh
-    rows, columns = block * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    inside = rows < length
-    do = _load(do_ptr, rows, columns, stride_dot, length, D, WIDE)
-    mean = tl.sum(do * _load(o_ptr, rows, columns, stride_ot, length, D, WIDE), 1)
-    # Infinite beyond the end, and where there is nothing in the sum: no weight.
-    total = tl.load(total_ptr + pair.to(tl.int64) * length + rows, mask=inside, other=float("inf"))
-    total = tl.where(total == float("-inf"), float("inf"), total)
-    part = pair.to(tl.int64) * tl.num_programs(0) + block
+    q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
+    dq_ptr += batch * stride_dqb + head.to(tl.int64) * stride_dqh
+    columns = tl.arange(0, WIDTH)
+    key = _load_vector(key_ptr, head, columns, D, KEY)
+    value = _load_vector(value_ptr, head, columns, D, VALUE)
+    sink = 0.0
     if SINK:
-        weight = exp(tl.load(sink_ptr + head).to(tl.float32) - total)
-        tl.store(dsink_ptr + part, -tl.sum(weight * mean, 0))
+        sink = tl.load(sink_ptr + head).to(tl.float32)
+    of_key = tl.zeros([BLOCK, WIDTH], tl.float32)
+    of_value = tl.zeros([BLOCK, WIDTH], tl.float32)
+    of_sink = tl.zeros([BLOCK], tl.float32)
+    for block in range(program * BLOCKS, (program + 1) * BLOCKS):
+        rows = block * BLOCK + tl.arange(0, BLOCK)
+        inside = rows < length
+        do = _load(do_ptr, rows, columns, stride_dot, length, D, WIDE)
+        o = _load(o_ptr, rows, columns, stride_ot, length, D, WIDE)
+        # Infinite beyond the end, and where there is nothing in the sum: no weight.
+        total = tl.load(total_ptr + pair.to(tl.int64) * length + rows, mask=inside, other=float("inf"))
+        total = tl.where(total == float("-inf"), float("inf"), total)
+        if KEY:
+            q = _load(q_ptr, rows, columns, stride_qt, length, D, WIDE)
+            dq = _load(dq_ptr, rows, columns, stride_dqt, length, D, WIDE)
+        mean = tl.sum(do * o, 1)
+        if SINK:
+            of_sink -= exp(sink - total) * mean
+        if KEY:
+            weight = exp(scale * tl.sum(q * key[None, :], 1) - total)
+            change = scale * weight * (tl.sum(do * value[None, :], 1) - mean)
+            dq += change[:, None] * key[None, :]
+            to = dq_ptr + at_rows(rows, stride_dqt, WIDE) + columns[None, :]
+            tl.store(to, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
+            of_key += change[:, None] * q
+            if VALUE:
+                of_value += weight[:, None] * do
+    part = pair.to(tl.int64) * tl.num_programs(1) + program
+    if SINK:
+        tl.store(dsink_ptr + part, tl.sum(of_sink, 0))
     if KEY:
-        q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
-        dq_ptr += batch * stride_dqb + head.to(tl.int64) * stride_dqh
-        key = _load_vector(key_ptr, head, columns, D, True)
-        value = _load_vector(value_ptr, head, columns, D, VALUE)
-        q = _load(q_ptr, rows, columns, stride_qt, length, D, WIDE)
-        weight = exp(scale * tl.sum(q * key[None, :], 1) - total)
-        change = scale * weight * (tl.sum(do * value[None, :], 1) - mean)
-        dq = _load(dq_ptr, rows, columns, stride_dqt, length, D, WIDE) + change[:, None] * key[None, :]
-        to = dq_ptr + at_rows(rows, stride_dqt, WIDE) + columns[None, :]
-        tl.store(to, dq.to(dq_ptr.dtype.element_ty), mask=inside[:, None] & (columns < D)[None, :])
-        tl.store(dkey_ptr + part * D + columns, tl.sum(change[:, None] * q, 0), mask=columns < D)
-        if VALUE:
-            tl.store(dvalue_ptr + part * D + columns, tl.sum(weight[:, None] * do, 0), mask=columns < D)
+        tl.store(dkey_ptr + part * D + columns, tl.sum(of_key, 0), mask=columns < D)
+    if VALUE:
+        tl.store(dvalue_ptr + part * D + columns, tl.sum(of_value, 0), mask=columns < D)
 
 
 def join(output_bhqd: Tensor, lse_bhq: Tensor, query_bhqd: Tensor, terms: Terms, scale: float) -> Tensor:
     """L' [b, h, q], float32; the output, whose heads are dense, becomes R."""
     query_bhqd = _dense(query_bhqd)
     lse, total = lse_bhq.contiguous(), torch.empty(lse_bhq.shape, dtype=torch.float32, device=lse_bhq.device)
-    _join[_grid(output_bhqd)](
+    batch, heads, length, _ = output_bhqd.shape
+    _join[batch * heads, triton.cdiv(length, BLOCK)](
         query_bhqd, output_bhqd, lse, total, *_pointers(terms, total),
-        *query_bhqd.stride()[:3], *output_bhqd.stride()[:3], *output_bhqd.shape[1:3], scale,
+        *query_bhqd.stride()[:3], *output_bhqd.stride()[:3], heads, length, scale,
         WIDE=is_wide(query_bhqd, output_bhqd), **_switches(terms, output_bhqd),
     )  # fmt: skip
     return total
@@ -147,19 +167,21 @@ def gradients(
     """
     key, value, sink = terms
     grad_bhqd, query_bhqd = _dense(grad_bhqd), _dense(query_bhqd)
-    batch, heads, _, size = output_bhqd.shape
-    grid = _grid(output_bhqd)
+    batch, heads, length, size = output_bhqd.shape
+    count = triton.cdiv(length, BLOCK)
+    blocks = max(min(batch * heads * count // PROGRAMS, MOST_BLOCKS), 1)
+    programs = triton.cdiv(count, blocks)
 
     def parts(term: Tensor | None, *width: int) -> Tensor:
-        shape = (1,) if term is None else (batch, heads, grid[0], *width)
+        shape = (1,) if term is None else (batch, heads, programs, *width)
         return torch.empty(shape, dtype=torch.float32, device=output_bhqd.device)
 
     shares = (parts(key, size), parts(value, size), parts(sink))
     tensors = (grad_bhqd, output_bhqd, query_bhqd, grad_query_bhqd)
-    _gradients[grid](
+    _gradients[batch * heads, programs](
         grad_bhqd, output_bhqd, total_bhq, query_bhqd, grad_query_bhqd, *_pointers(terms, total_bhq), *shares,
-        *(stride for x in tensors for stride in x.stride()[:3]), *output_bhqd.shape[1:3], scale,
-        WIDE=is_wide(*tensors), **_switches(terms, output_bhqd),
+        *(stride for x in tensors for stride in x.stride()[:3]), heads, length, scale,
+        WIDE=is_wide(*tensors), BLOCKS=blocks, **_switches(terms, output_bhqd),
     )  # fmt: skip
     found = (
         None if term is None else share.sum((0, 2)).to(term.dtype)
@@ -171,11 +193,6 @@ def gradients(
 
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _grid(output: Tensor) -> tuple[int, int]:
-    batch, heads, length, _ = output.shape
-    return triton.cdiv(length, BLOCK), batch * heads
 
 
 def _pointers(terms: Terms, unused: Tensor) -> tuple[Tensor, ...]:

@@ -163,8 +163,10 @@ def test_inputs_of_any_strides() -> None:
 def test_a_long_sequence_and_the_same_bits_each_time() -> None:
     p = make_problem((1, 1, 1, 65536, 64, 64), "abs", torch.bfloat16)
     once, again = (results(linear.run, p, torch.bfloat16) for _ in range(2))
-    assert all(torch.equal(once[name], again[name]) for name in once)
+    for name in once:
+        assert torch.equal(once[name], again[name]), name
     query, key, value = (x.double() for x in (p.query_bhqd, p.key_bgkd, p.value_bgkd))
     score = p.scale * (query[:, :, -1:] @ key.transpose(-1, -2))
     expected = (score @ value / score.sum(-1, keepdim=True).abs().clamp(min=1.0))[:, :, 0]
-    torch.testing.assert_close(once["output"][:, :, -1].double(), expected, rtol=2e-2, atol=2e-2)
+    error = (once["output"][:, :, -1].double() - expected).norm() / expected.norm()
+    assert error < 1e-2, f"relative error {error:.1e}"
