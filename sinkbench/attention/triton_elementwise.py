@@ -290,7 +290,7 @@ class _Call:
             *self.strides, *grad.stride()[:3],
             batch, heads, self.group, length, s.scale, *self.mask, nearest,
             F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad), BLOCK=size, **switches,
-            num_warps=8 if q.dtype == torch.float32 else 4, num_stages=2,
+            num_warps=8 if q.dtype == torch.float32 else 4, num_stages=2 if q.shape[-1] <= 96 else 1,
         )  # fmt: skip
         return along_diagonals(blocks.sum(0), nearest, s.ahead, s.ahead + 1 + self.last)
 
