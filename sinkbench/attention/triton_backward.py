@@ -28,19 +28,20 @@ def divide_gradient(
     do_ptr, o_ptr, r_ptr, dlse_ptr, out_ptr, delta_ptr, lse_ptr,
     stride_dob, stride_doh, stride_dot, stride_ob, stride_oh, stride_ot,
     stride_outb, stride_outh, stride_outt, heads, length,
-    NORMALIZE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr, OF_LSE: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dO / r, which stands for dO in the rest of the backward pass, and D = sum_d (dO / r) O. For
     r = max(|z|, 1), D comes with the derivative sign(z) [|z| > 1]. For a softmax dO stays as it is, D is less
-    the gradient of L, which ``r_ptr`` holds, and L is written in the unit of the scores: infinite, so that no
-    key has weight, for rows without any and beyond the end."""
-    pair = tl.program_id(1)
+    the gradient of L, if it has one, which ``r_ptr`` holds, and L is written in the unit of the scores:
+    infinite, so that no key has weight, for rows without any and beyond the end. Neighbours take the same
+    positions of other heads, which lie together."""
+    pair = tl.program_id(0)
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     do_ptr += batch * stride_dob + head.to(tl.int64) * stride_doh
     o_ptr += batch * stride_ob + head.to(tl.int64) * stride_oh
     out_ptr += batch * stride_outb + head.to(tl.int64) * stride_outh
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    rows = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < length
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     at = pair.to(tl.int64) * length + rows
@@ -63,7 +64,8 @@ def divide_gradient(
         if NORMALIZE != 3:
             tl.store(out_rows + second[None, :], do1.to(out_ptr.dtype.element_ty), mask=inside[:, None])
     if NORMALIZE == 3:
-        delta -= tl.load(dlse_ptr + at, mask=inside, other=0.0)
+        if OF_LSE:
+            delta -= tl.load(dlse_ptr + at, mask=inside, other=0.0)
         no_weight = (r == float("-inf")) | (rows >= length)
         tl.store(lse_ptr + rows_of(pair, length) + rows, tl.where(no_weight, float("inf"), r * UNIT))
     if NORMALIZE == 2:

@@ -128,17 +128,20 @@ class _Attention(torch.autograd.Function):
         launch(call.tiles("forward", launch))
         ctx.save_for_backward(q, k, v, bias, position, documents, out if s.normalize else None, rows)
         ctx.settings = s
+        ctx.set_materialize_grads(False)
         return (out, rows) if s.normalize == SOFTMAX else out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *of_rows: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, of_rows: Tensor | None = None) -> tuple[Any, ...]:
         q, k, v, bias, position, documents, out, rows = ctx.saved_tensors
         s: Settings = ctx.settings
+        if grad is None:  # of the output of a softmax: its log-sum-exp alone was used
+            grad = torch.zeros_like(out)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         call = _Call(q, k, v, bias, position, documents, s, rows)
         by_row: Sequence[Tensor] = (rows, rows)
         if s.normalize:
-            grad, *by_row = call.divided_gradient(grad, out, of_rows[0].contiguous() if of_rows else rows)
+            grad, *by_row = call.divided_gradient(grad, out, of_rows)
         dk, dv, db, dslope = call.gradients_of_keys(grad, by_row, ctx.needs_input_grad[4])
         dq = call.gradient_of_queries(grad, by_row)
         if q.shape[1] != k.shape[1]:
@@ -149,8 +152,11 @@ class _Attention(torch.autograd.Function):
             dposition = dslope.sum((0, 2)) if s.position == SLOPE else call.gradient_of_table(grad, by_row)
             if call.table_ends:
                 # All of dS, which a softmax's weights leave in the log-sum-exp alone, less that of the rest.
-                total = of_rows[0].sum((0, 2)) if s.normalize == SOFTMAX else db.sum((0, 2))
-                dposition[:, -1] = total - dposition[:, :-1].sum(1)
+                dposition[:, -1] = -dposition[:, :-1].sum(1)
+                if s.normalize != SOFTMAX:
+                    dposition[:, -1] += db.sum((0, 2))
+                elif of_rows is not None:
+                    dposition[:, -1] += of_rows.sum((0, 2))
         return dq, dk, dv, dbias, dposition, None, None
 
 
@@ -203,18 +209,21 @@ class _Call:
         }
         return tiles.choose(kernel, self.q, variant, launch, s.position, self.switches["DOCUMENTS"])
 
-    def divided_gradient(self, grad: Tensor, out: Tensor, of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def divided_gradient(
+        self, grad: Tensor, out: Tensor, of_rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """dO', and D and the log-sum-exp of each row, which have room for whole blocks; see the kernel.
-        ``of_rows`` is the gradient of the log-sum-exp, used for a softmax."""
+        ``of_rows`` is the gradient of the log-sum-exp of a softmax, if it has one."""
         batch, heads, length, _ = grad.shape
         padded = triton.cdiv(length, ROW_BLOCK) * ROW_BLOCK
         delta, lse = torch.empty(2, batch * heads, padded, dtype=torch.float32, device=grad.device)
         divided = grad if self.s.normalize == SOFTMAX else torch.empty_like(out)
         strides = (*grad.stride()[:3], *out.stride()[:3], *divided.stride()[:3])
         switches = {name: self.switches[name] for name in ("NORMALIZE", "UNIT", "D0", "D1")}
-        divide_gradient[(padded // 64, batch * heads)](
-            grad, out, self.rows, of_rows, divided, delta, lse, *strides, heads, length,
-            WIDE=is_wide(grad, out, divided), BLOCK=64, **switches,
+        of_lse = self.rows if of_rows is None else of_rows.contiguous()
+        divide_gradient[(batch * heads, padded // 64)](
+            grad, out, self.rows, of_lse, divided, delta, lse, *strides, heads, length,
+            OF_LSE=of_rows is not None, WIDE=is_wide(grad, out, divided), BLOCK=64, **switches,
         )  # fmt: skip
         return divided, delta, lse
 

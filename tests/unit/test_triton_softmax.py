@@ -120,3 +120,20 @@ def test_log_sum_of_a_single_key() -> None:
     output, log_sum = triton_elementwise.softmax(q, k, v, scale=0.5)
     torch.testing.assert_close(output, v)
     torch.testing.assert_close(log_sum, 0.5 * (q * k).sum(-1))
+
+
+@pytest.mark.parametrize("unused", [0, 1], ids=["output", "log sum"])
+def test_a_result_that_is_not_used(unused: int) -> None:
+    """It has no gradient at all, which is as one of zeros."""
+    device = "cuda" if CUDA else "cpu"
+    inputs = [torch.randn(1, HEADS, 40, 32, device=device, requires_grad=True) for _ in range(3)]
+    table = torch.randn(HEADS, 9, device=device, requires_grad=True)
+    results = triton_elementwise.softmax(*inputs, scale=0.3, table_hn=table)
+    grads = [torch.randn_like(result) for result in results]
+    used = 1 - unused
+    inputs.append(table)
+    alone = torch.autograd.grad(results[used], inputs, grads[used], retain_graph=True)
+    grads[unused].zero_()
+    both = torch.autograd.grad(results, inputs, grads)
+    for one, other in zip(alone, both, strict=True):
+        torch.testing.assert_close(one, other)
