@@ -21,6 +21,7 @@ from sinkbench.attention.backends import BACKENDS, Use, choose
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
 from sinkbench.model import declare
+from tests.unit.attention_problem import converted
 
 HEADS, HEAD_SIZE = 4, 16
 RUN = {backend.name: backend.run for backend in BACKENDS}
@@ -156,17 +157,7 @@ def leaves(p: Problem) -> dict[str, Tensor]:
 
 
 def in_float64(p: Problem) -> Problem:
-    def wide(x: Tensor) -> Tensor:
-        return x.detach().double().requires_grad_()
-
-    return replace(
-        p,
-        query_bhqd=wide(p.query_bhqd),
-        key_bgkd=wide(p.key_bgkd),
-        value_bgkd=wide(p.value_bgkd),
-        parameters={n: wide(x) for n, x in p.parameters.items()},
-        position_parameters={n: wide(x) for n, x in p.position_parameters.items()},
-    )
+    return converted(p, lambda x: x.detach().double().requires_grad_())
 
 
 def results(p: Problem, run: Callable[[Problem], Tensor]) -> dict[str, Tensor]:

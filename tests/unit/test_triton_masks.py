@@ -23,6 +23,7 @@ from sinkbench_plugins.attention import _triton, similarity  # noqa: E402
 from sinkbench.api import AttentionSpec, Elementwise, ParameterSpec, ScoreBias  # noqa: E402
 from sinkbench.attention import fused, reference, triton_elementwise  # noqa: E402
 from sinkbench.attention.reference import Problem  # noqa: E402
+from tests.unit.attention_problem import converted  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
 HEADS, GROUPS = 2, 1
@@ -92,18 +93,6 @@ def make_problem(
         position_bias=bias,
         position_parameters=learned,
         prefix=prefix,
-    )
-
-
-def converted(p: Problem, convert: Callable[[Tensor], Tensor]) -> Problem:
-    """With each input and parameter changed."""
-    return replace(
-        p,
-        query_bhqd=convert(p.query_bhqd),
-        key_bgkd=convert(p.key_bgkd),
-        value_bgkd=convert(p.value_bgkd),
-        parameters={name: convert(x) for name, x in p.parameters.items()},
-        position_parameters={name: convert(x) for name, x in p.position_parameters.items()},
     )
 
 
