@@ -95,6 +95,15 @@ def _sdpa_needs_a_mask(spec: AttentionSpec, use: Use) -> bool:
     )
 
 
+def _is_faster_in_triton(spec: AttentionSpec, use: Use) -> bool:
+    """Than other backends: a similarity, and a softmax for which torch has no cuDNN kernel, but a mask of
+    T x T or FlashAttention-2."""
+    if not isinstance(spec.rule, Softmax) or _sdpa_needs_a_mask(spec, use):
+        return True
+    flash_2 = spec.window is not None or use.deterministic
+    return flash_2 and use.device != "cpu" and use.head_size <= 128
+
+
 def _missing_linear(spec: AttentionSpec, use: Use) -> list[str]:
     lacks = {
         "a sequence split by context parallelism": use.split_sequence,
@@ -119,14 +128,15 @@ BACKENDS = (
         name="flash",
         missing=_missing_flash,
         run=flash_attn.run,
-        preferred=lambda spec, use: False,  # until it has been compared with the others on a card
+        # Faster on the card, but slower to launch: a step of a small model takes longer with it.
+        preferred=lambda spec, use: False,
     ),
     Backend(name="linear", missing=_missing_linear, run=linear.run),
     Backend(
         name="triton",
         missing=_missing_triton,
         run=fused.run,
-        preferred=lambda spec, use: not isinstance(spec.rule, Softmax) or _sdpa_needs_a_mask(spec, use),
+        preferred=_is_faster_in_triton,
     ),
     Backend(name="flex", missing=_missing_flex, run=flex.run, preferred=_sdpa_needs_a_mask),
     Backend(name="sdpa", missing=lambda spec, use: sdpa.missing(spec), run=sdpa.run),

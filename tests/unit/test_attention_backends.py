@@ -368,7 +368,10 @@ CARD = Use(device="cuda", head_size=64)
     [
         ("softmax", CARD, "sdpa"),
         ("sink logit", CARD, "sdpa"),
-        ("window, sink logit", CARD, "sdpa"),
+        ("window, sink logit", CARD, "triton"),
+        ("window, sink logit", replace(CARD, head_size=256), "sdpa"),
+        ("window, sink logit", replace(CARD, device="cpu"), "sdpa"),
+        ("softmax", replace(CARD, deterministic=True), "triton"),
         ("prefix, sink logit", replace(CARD, prefix=True), "sdpa"),
         ("prefix, window, slot", replace(CARD, prefix=True), "triton"),
         ("window", replace(CARD, half=False), "triton"),
