@@ -80,7 +80,7 @@ def assert_identical(resumed: Run, expected: Run) -> None:
 @pytest.mark.parametrize(
     "layout",
     [
-        pytest.param(layout, marks=() if layout in ("", "tensor", "data", "pipeline") else pytest.mark.full)
+        pytest.param(layout, marks=() if layout in ("", "tensor") else pytest.mark.full)
         for layout in ("", *LAYOUTS)
     ],
 )
