@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from sinkbench.files import write_atomically
 
 HELPERS = ("exp", "exp2", "expm1", "log1p", "tanh")
-"""Of sinkbench.triton_math: what Triton has no function for."""
+"""Of sinkbench.triton_math: what Triton has no function for, or a slower one."""
 
 _UNARY = {
     "neg": "-{0}",

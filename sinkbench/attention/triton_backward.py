@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from sinkbench.attention.triton_blocks import (
-    add_position,
     at_rows,
     distance_of,
     dot,
@@ -19,6 +18,7 @@ from sinkbench.attention.triton_blocks import (
     look_up,
     query_range,
     rows_of,
+    scores,
     visible,
 )
 
@@ -95,24 +95,11 @@ def _backward_keys_block(
         do1 = load_rows(do_ptr, rows, second, stride_dot, length, True, WIDE)
         s = dot(k1, tl.trans(q1), s, PRECISION)
         dp = dot(v1, tl.trans(do1), dp, PRECISION)
-    s = s * scale
-    if BIAS:
-        s += bias
     since = load_documents(documents_ptr, rows, DOCUMENTS)
-    s = add_position(
-        s,
-        rows[None, :],
-        keys[:, None],
-        since[None, :],
-        at,
-        position_ptr,
-        slope,
-        by_key,
-        ahead,
-        POSITION,
-        PREFIX,
-        UNIT,
-    )
+    s = scores(
+        s, scale, bias, rows[None, :], keys[:, None], since[None, :], at,
+        position_ptr, slope, by_key, ahead, BIAS, POSITION, PREFIX, UNIT,
+    )  # fmt: skip
     if NORMALIZE == 3:
         s -= lse[None, :]
     p = F(s)
@@ -254,23 +241,10 @@ def _backward_queries_block(
         v1 = load_rows(v_ptr, keys, second, stride_vt, length, True, WIDE)
         s = dot(q1, tl.trans(k1), s, PRECISION)
         dp = dot(do1, tl.trans(v1), dp, PRECISION)
-    s = s * scale
-    if BIAS:
-        s += bias
-    s = add_position(
-        s,
-        rows[:, None],
-        keys[None, :],
-        since[:, None],
-        at,
-        position_ptr,
-        slope,
-        by_key,
-        ahead,
-        POSITION,
-        PREFIX,
-        UNIT,
-    )
+    s = scores(
+        s, scale, bias, rows[:, None], keys[None, :], since[:, None], at,
+        position_ptr, slope, by_key, ahead, BIAS, POSITION, PREFIX, UNIT,
+    )  # fmt: skip
     if NORMALIZE == 3:
         s -= lse[:, None]
     ds = DF(s, F(s))

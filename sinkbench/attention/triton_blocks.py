@@ -90,11 +90,11 @@ def distance_of(row, key, begin, by_key, PREFIX: tl.constexpr):
 
 
 @triton.jit
-def add_position(
-    s, row, key, begin, origin, table_ptr, slope, by_key, ahead,
-    POSITION: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
+def scores(
+    s, scale, bias, row, key, begin, origin, table_ptr, slope, by_key, ahead,
+    BIAS: tl.constexpr, POSITION: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Scores and their bias by distance.
+    """Scores of products q.k, with a head's bias and the one by distance.
 
     Args:
         row, key: broadcast to the shape of the scores.
@@ -103,6 +103,9 @@ def add_position(
             where they are near, which is less work than a distance of each pair.
         slope, by_key: of ``load_position``.
     """
+    s = s * scale
+    if BIAS:  # adding 0 would be an instruction
+        s += bias
     if POSITION == 1:
         if PREFIX:
             s -= slope * distance_of(row, key, begin, by_key, PREFIX)

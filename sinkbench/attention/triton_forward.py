@@ -6,7 +6,6 @@ import triton
 import triton.language as tl
 
 from sinkbench.attention.triton_blocks import (
-    add_position,
     at_rows,
     dot,
     far_keys,
@@ -16,6 +15,7 @@ from sinkbench.attention.triton_blocks import (
     load_rows,
     look_up,
     rows_of,
+    scores,
     visible,
 )
 
@@ -33,23 +33,10 @@ def _forward_block(
     s = dot(q0, tl.trans(k0), None, PRECISION)
     if D1 > 1:
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
-    s = s * scale
-    if BIAS:
-        s += bias
-    s = add_position(
-        s,
-        rows[:, None],
-        keys[None, :],
-        since[:, None],
-        at,
-        position_ptr,
-        slope,
-        by_key,
-        ahead,
-        POSITION,
-        PREFIX,
-        UNIT,
-    )
+    s = scores(
+        s, scale, bias, rows[:, None], keys[None, :], since[:, None], at,
+        position_ptr, slope, by_key, ahead, BIAS, POSITION, PREFIX, UNIT,
+    )  # fmt: skip
     if MASK:
         seen = visible(
             rows[:, None], keys[None, :], since[:, None], window, prefix, WINDOW, PREFIX, DOCUMENTS

@@ -25,11 +25,11 @@ from sinkbench.attention.triton_blocks import (
     ROW_BLOCK,
     SLOPE,
     TABLE,
-    add_position,
     dot,
     key_range,
     load_position,
     load_rows,
+    scores,
     visible,
 )
 from sinkbench.attention.triton_elementwise import is_wide, padded_table, precision, split_head_size
@@ -57,15 +57,14 @@ def _row_sums_block(
     s = dot(q0, tl.trans(load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)), None, PRECISION)
     if D1 > 1:
         s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
-    s = s * scale
-    if BIAS:
-        s += bias
-    s = add_position(
-        s, rows[:, None], keys[None, :], 0, at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
-    )
+    s = scores(
+        s, scale, bias, rows[:, None], keys[None, :], 0, at,
+        position_ptr, slope, False, ahead, BIAS, POSITION, PREFIX, UNIT,
+    )  # fmt: skip
+    if MASK:
+        seen = visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False)
     if SOFTMAX:
         if MASK:
-            seen = visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False)
             s = tl.where(seen, s, float("-inf"))
         now = tl.maximum(largest, tl.max(s, 1))
         # A row may have seen no key yet: then it has no largest score to be compared with.
@@ -75,9 +74,7 @@ def _row_sums_block(
     else:
         p = F(s)
         if MASK:
-            p = tl.where(
-                visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False), p, 0.0
-            )
+            p = tl.where(seen, p, 0.0)
         total += tl.sum(p, 1)
         absolute += tl.sum(tl.abs(p), 1)
     return total, absolute, largest
@@ -149,12 +146,10 @@ def _column_sums_block(
     if D1 > 1:
         q1 = load_rows(q_ptr, rows, second, stride_qt, length, True, WIDE)
         s = dot(q1, tl.trans(k1), s, PRECISION)
-    s = s * scale
-    if BIAS:
-        s += bias
-    s = add_position(
-        s, rows[:, None], keys[None, :], 0, at, position_ptr, slope, False, ahead, POSITION, PREFIX, UNIT
-    )
+    s = scores(
+        s, scale, bias, rows[:, None], keys[None, :], 0, at,
+        position_ptr, slope, False, ahead, BIAS, POSITION, PREFIX, UNIT,
+    )  # fmt: skip
     if SOFTMAX:
         shift = tl.load(shift_ptr + rows, mask=inside, other=float("inf"))
         p = exp2(s - shift[:, None])
