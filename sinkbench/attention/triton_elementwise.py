@@ -29,7 +29,6 @@ from typing import Any, Literal
 import torch
 import triton
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sinkbench.attention import tiles
 from sinkbench.attention.tiles import Tiles
@@ -37,6 +36,14 @@ from sinkbench.attention.triton_backward import backward_keys, backward_queries,
 from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE, itself, power_of_two
 from sinkbench.attention.triton_forward import forward
 from sinkbench.attention.triton_table import along_diagonals, table_gradient
+from sinkbench.attention.triton_tensors import (
+    bounds,
+    by_position,
+    is_wide,
+    padded_table,
+    precision,
+    split_head_size,
+)
 
 NORMALIZERS: dict[bool | str, int] = {False: 0, True: 1, "abs": 2}
 SOFTMAX = 3
@@ -66,44 +73,6 @@ class Settings:
     ahead: int
 
 
-def split_head_size(head_size: int) -> tuple[int, int]:
-    """Two powers of two that add up to the head size, the second 1 if none is needed."""
-    first = 1 << (head_size.bit_length() - 1)
-    return first, max(head_size - first, 1)
-
-
-def precision(q: Tensor) -> str:
-    """Products of float32 are not rounded to tf32."""
-    return "ieee" if q.dtype == torch.float32 else "tf32"
-
-
-def is_wide(*tensors: Tensor) -> bool:
-    """Whether an offset within one head of a tensor exceeds 32 bits. A block may reach beyond the end."""
-    return any((x.shape[2] + 256) * x.stride(2) >= 2**31 for x in tensors)
-
-
-def _by_position(like: Tensor) -> Tensor:
-    """An empty [b, h, t, d] that lies as [t, b, h, d], which the projections read without a copy."""
-    batch, heads, length, d = like.shape
-    return torch.empty(length, batch, heads, d, dtype=like.dtype, device=like.device).permute(1, 2, 0, 3)
-
-
-def padded_table(table_hn: Tensor, ahead: int, length: int) -> Tensor:
-    """A table as the kernels read it: its first entry for a block of more distances ahead, its last for all
-    up to the length and a block more, so that no distance is beyond it."""
-    behind = max(ahead + length + ROW_BLOCK - table_hn.shape[1], 0)
-    return pad(table_hn[None], (ROW_BLOCK, behind), mode="replicate")[0].contiguous()
-
-
-def bounds(start_bt: Tensor) -> Tensor:
-    """Where the document of each position begins and ends, int32 [b, 2, t], with room for whole blocks."""
-    start = start_bt.int().contiguous()
-    position = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
-    # Documents begin later and later: what began up to here ends where the next one begins.
-    end = torch.searchsorted(start, position.contiguous(), right=True, out_int32=True)
-    return pad(torch.stack([start, end], 1), (0, -start.shape[1] % ROW_BLOCK))
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,7 +81,7 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         batch, heads, length, _ = q.shape
-        out = _by_position(q)
+        out = by_position(q)
         size = (batch, heads, length) if s.normalize else (1,)
         rows = torch.empty(size, dtype=torch.float32, device=q.device)
         call = _Call(q, k, v, bias, position, documents, s, rows)
@@ -233,7 +202,7 @@ class _Call:
         """dK and dV by query head, and of each block of keys the sums for the bias and the slope."""
         q, k, v, s = self.q, self.k, self.v, self.s
         batch, heads, length, _ = q.shape
-        dk, dv = _by_position(q), _by_position(q)
+        dk, dv = by_position(q), by_position(q)
         slope = position and s.position == SLOPE
         most = triton.cdiv(length, tiles.SMALLEST_BLOCK)
         db, dslope = (
@@ -262,7 +231,7 @@ class _Call:
     def gradient_of_queries(self, grad: Tensor, by_row: Sequence[Tensor]) -> Tensor:
         q, k, v, s = self.q, self.k, self.v, self.s
         batch, heads, length, _ = q.shape
-        dq = _by_position(q)
+        dq = by_position(q)
 
         def launch(chosen: Tiles) -> None:
             backward_queries[(triton.cdiv(length, chosen.block_q), batch * heads)](

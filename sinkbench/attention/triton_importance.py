@@ -32,7 +32,7 @@ from sinkbench.attention.triton_blocks import (
     scores,
     visible,
 )
-from sinkbench.attention.triton_elementwise import is_wide, padded_table, precision, split_head_size
+from sinkbench.attention.triton_tensors import is_wide, padded_table, precision, split_head_size
 from sinkbench.triton_math import exp2
 
 TILES = {"rows": Tiles(64, 64, 4, 3), "columns": Tiles(64, 64, 4, 3)}

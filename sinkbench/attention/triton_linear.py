@@ -28,8 +28,9 @@ from torch import Tensor
 
 from sinkbench.attention import tiles
 from sinkbench.attention.tiles import Tiles
-from sinkbench.attention.triton_elementwise import NORMALIZERS, is_wide, precision
+from sinkbench.attention.triton_elementwise import NORMALIZERS
 from sinkbench.attention.triton_linear_kernels import gradients, outputs, row_terms, running_sums
+from sinkbench.attention.triton_tensors import is_wide, precision
 
 SMALLEST_SIZE = 16
 """What a product takes; less is padded."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sinkbench.attention.flash import Gradients, Terms
 from sinkbench.attention.triton_blocks import at_rows
-from sinkbench.attention.triton_elementwise import is_wide
+from sinkbench.attention.triton_tensors import is_wide
 from sinkbench.triton_math import exp
 
 BLOCK = 32

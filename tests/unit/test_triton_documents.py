@@ -16,7 +16,7 @@ if not CUDA:
 pytest.importorskip("triton")
 
 from sinkbench.api import Elementwise, ScoreBias  # noqa: E402
-from sinkbench.attention import fused, triton_elementwise  # noqa: E402
+from sinkbench.attention import fused, triton_tensors  # noqa: E402
 from sinkbench.attention.reference import Problem  # noqa: E402
 from sinkbench.attention.triton_blocks import ROW_BLOCK  # noqa: E402
 from tests.unit.test_document_mask import starts  # noqa: E402
@@ -105,7 +105,7 @@ def test_one_document_is_no_mask() -> None:
 
 def test_bounds() -> None:
     """Where documents begin and end, with room for whole blocks."""
-    found = triton_elementwise.bounds(starts((2, 1, 3), (6,)).to(DEVICE))
+    found = triton_tensors.bounds(starts((2, 1, 3), (6,)).to(DEVICE))
     assert found.shape == (2, 2, ROW_BLOCK)
     assert found.dtype == torch.int32
     assert found[:, :, :6].tolist() == [

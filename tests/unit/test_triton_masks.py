@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 from sinkbench_plugins.attention import _triton, similarity  # noqa: E402
 
 from sinkbench.api import AttentionSpec, Elementwise, ParameterSpec, ScoreBias  # noqa: E402
-from sinkbench.attention import fused, reference, triton_elementwise  # noqa: E402
+from sinkbench.attention import fused, reference, triton_elementwise, triton_tensors  # noqa: E402
 from sinkbench.attention.reference import Problem  # noqa: E402
 from tests.unit.attention_problem import converted  # noqa: E402
 
@@ -198,7 +198,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
     far = storage.as_strided((1, 1, length, head_size), (0, 0, stride, 1))
     near = torch.randn(1, 1, length, head_size, device=DEVICE)
     far.copy_(near)
-    assert triton_elementwise.is_wide(far)
+    assert triton_tensors.is_wide(far)
     function, derivative = _triton.fused_sigmoid(torch.float32)
 
     def attend(key: Tensor) -> Tensor:

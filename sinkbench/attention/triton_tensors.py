@@ -1,0 +1,50 @@
+"""Tensors as the Triton kernels of attention take them.
+
+Shapes: b sequence of the batch, h head, t position, d head size, n distance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sinkbench.attention.triton_blocks import ROW_BLOCK
+
+
+def split_head_size(head_size: int) -> tuple[int, int]:
+    """Two powers of two that add up to the head size, the second 1 if none is needed."""
+    first = 1 << (head_size.bit_length() - 1)
+    return first, max(head_size - first, 1)
+
+
+def precision(q: Tensor) -> str:
+    """Products of float32 are not rounded to tf32."""
+    return "ieee" if q.dtype == torch.float32 else "tf32"
+
+
+def is_wide(*tensors: Tensor) -> bool:
+    """Whether an offset within one head of a tensor exceeds 32 bits. A block may reach beyond the end."""
+    return any((x.shape[2] + 256) * x.stride(2) >= 2**31 for x in tensors)
+
+
+def by_position(like: Tensor) -> Tensor:
+    """An empty [b, h, t, d] that lies as [t, b, h, d], which the projections read without a copy."""
+    batch, heads, length, d = like.shape
+    return torch.empty(length, batch, heads, d, dtype=like.dtype, device=like.device).permute(1, 2, 0, 3)
+
+
+def padded_table(table_hn: Tensor, ahead: int, length: int) -> Tensor:
+    """A table as the kernels read it: its first entry for a block of more distances ahead, its last for all
+    up to the length and a block more, so that no distance is beyond it."""
+    behind = max(ahead + length + ROW_BLOCK - table_hn.shape[1], 0)
+    return pad(table_hn[None], (ROW_BLOCK, behind), mode="replicate")[0].contiguous()
+
+
+def bounds(start_bt: Tensor) -> Tensor:
+    """Where the document of each position begins and ends, int32 [b, 2, t], with room for whole blocks."""
+    start = start_bt.int().contiguous()
+    position = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
+    # Documents begin later and later: what began up to here ends where the next one begins.
+    end = torch.searchsorted(start, position.contiguous(), right=True, out_int32=True)
+    return pad(torch.stack([start, end], 1), (0, -start.shape[1] % ROW_BLOCK))
