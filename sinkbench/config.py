@@ -118,8 +118,15 @@ class ModelConfig(Section):
     init_std: PositiveFloat = 0.02
     """standard deviation when init is normal."""
     tie_embeddings: bool = False
-    backend: Literal["auto", "eager", "flash", "flex", "linear", "sdpa", "triton"] = "auto"
-    """attention implementation; auto takes the fastest that can do the job."""
+    backend: Literal["auto", "eager", "flash", "flex", "linear", "sdpa", "te", "triton"] = "auto"
+    """attention implementation; auto takes the fastest that can do the job. te is Transformer Engine's, of
+    linears and norms too unless these say otherwise."""
+    linears: Literal["local", "te"] | None = None
+    """linear maps within the layers: of megatron-core, or of Transformer Engine; default: te with backend te,
+    otherwise local."""
+    norms: Literal["local", "te", "apex"] | None = None
+    """norms: the plugin's own modules, or RMSNorm and LayerNorm of Transformer Engine or Apex. Default:
+    te with backend te, where it has the plugin's norm, otherwise local."""
     megatron: dict[str, Any] = {}
     """further fields of megatron's TransformerConfig, checked."""
 
@@ -140,6 +147,15 @@ class ModelConfig(Section):
         if self.parallel_residual and self.ffn == "none":
             raise ValueError("parallel_residual: true needs a feed-forward block; set ffn, or write false")
         return self
+
+    @property
+    def linear_maps(self) -> Literal["local", "te"]:
+        """Whose linear maps the layers have."""
+        return self.linears or ("te" if self.backend == "te" else "local")
+
+    def portable(self) -> ModelConfig:
+        """The same model on any host, whatever packages the recipe asks for."""
+        return self.model_copy(update={"backend": "auto", "linears": "local", "norms": "local"})
 
     @property
     def kv_heads(self) -> int:
@@ -269,6 +285,8 @@ class OptimConfig(Section):
     eps: PositiveFloat = 1e-8
     clip_grad: NonNegativeFloat = 1.0
     """global gradient norm; 0 turns it off."""
+    implementation: Literal["torch", "te", "apex"] = "torch"
+    """whose kernels update: torch's, or those of FusedAdam in Transformer Engine or NVIDIA Apex."""
 
     @field_validator("betas")
     @classmethod
@@ -298,6 +316,9 @@ class TrainConfig(Section):
     """sequences per forward; default: the largest divisor that has at most 2^15 tokens (2^16 on
     a card that holds neither attention's scores nor all logits), and 2^30 tokens x layers x hidden size."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    fp8: Literal["tensorwise", "blockwise"] | None = None
+    """products of Transformer Engine's linear maps in 8 bits while training, by scales of each tensor or each
+    block as it is then; what is measured and validated is computed without."""
     recompute: Literal["none", "attention", "full"] = "none"
     """activations computed again in the backward pass."""
     max_minutes: PositiveFloat | None = None
@@ -449,12 +470,37 @@ class Config(Section):
             raise ValueError(
                 f"measure.length {self.measure.length} is above model.seq_length {m.seq_length}; lower it"
             )
+        if self.train.fp8 is not None:
+            self._check_fp8(16 if self.train.fp8 == "tensorwise" else 128)
         if self.optim.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} is above train.steps "
                 f"{self.train.steps}; lower it"
             )
         return self
+
+    def _check_fp8(self, multiple: int) -> None:
+        """
+        Args:
+            multiple: of the sizes of matrices that the products take.
+        """
+        m, p = self.model, self.parallel
+        if m.linear_maps != "te" or self.train.precision != "bf16":
+            raise ValueError(
+                "train.fp8 is for Transformer Engine's linear maps in bf16; set model.linears: te and "
+                "train.precision: bf16, or remove it"
+            )
+        for what, size in (
+            ("model.hidden_size", m.hidden_size),
+            ("head_size x kv heads", m.head_dim * m.kv_heads // p.tensor),
+            ("model.ffn_hidden_size", (m.ffn_hidden_size or 0) // p.tensor),
+            ("model.seq_length", m.seq_length // (p.context * (p.tensor if p.sequence else 1))),
+        ):
+            if size % multiple:
+                raise ValueError(
+                    f"train.fp8: {self.train.fp8} needs multiples of {multiple} on each rank, and {what} is "
+                    f"{size} there; change one of them"
+                )
 
 
 def has_document_mask(config: Config) -> bool:

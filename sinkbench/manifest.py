@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sinkbench.plugins import Resolved
 
 PACKAGES = ("torch", "megatron-core", "numpy", "pluggy", "triton")
+_DISTRIBUTIONS = {"te": "transformer-engine", "apex": "apex"}
 OPTIONAL = ("transformer-engine", "flash-attn", "flash-attn-4", "flash-linear-attention", "liger-kernel")
 
 
@@ -38,11 +39,11 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
         "platform": platform.platform(),
         "command": command_line(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
-        "optional_packages": {name: _version(name) for name in OPTIONAL} | {"apex": _apex()},
+        "optional_packages": optional_packages(),
         "device": device_name(layout.device),
         "processes": layout.world_size,
         "parallel": {**parallel.model_dump(), "data": layout.data_size},
-        "attention_backend": declared.backend.name,
+        **programs(declared),
         "fused": sorted(fusions.chosen(config, layout.device)),
         "plugins": {
             chosen.path: {
@@ -57,6 +58,39 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
         "vocab_size": declared.context.vocab_size,
         "padded_vocab_size": declared.padded_vocab_size,
     }
+
+
+def programs(declared: Declarations) -> dict[str, str | None]:
+    """Whose programs compute the parts of a step that a recipe may choose them for."""
+    config = declared.context.config
+    return {
+        "attention_backend": declared.backend.name,
+        "linears": config.model.linear_maps,
+        "norms": declared.norms,
+        "optimizer": config.optim.implementation,
+        "fp8": config.train.fp8,
+    }
+
+
+def in_words(declared: Declarations) -> str:
+    """The programs of a run that are not those of sinkbench, megatron-core and torch, and their versions."""
+    chosen = programs(declared)
+    backend = chosen["attention_backend"]
+    parts = [f"attention by the {backend} backend"]
+    for part in ("linears", "norms", "optimizer"):
+        if chosen[part] not in ("local", "torch"):
+            parts.append(f"{part} by {chosen[part]}")
+    parts += [f"products in fp8 ({chosen['fp8']})"] if chosen["fp8"] else []
+    versions = optional_packages()
+    used = {_DISTRIBUTIONS[name] for name in chosen.values() if name in _DISTRIBUTIONS}
+    named = [f"{name} {versions[name]}" for name in sorted(used)]
+    return ", ".join(parts) + (f" ({', '.join(named)})" if named else "")
+
+
+def optional_packages() -> dict[str, str | None]:
+    """Versions of those that are installed."""
+    apex = _version("apex") if _is_nvidias_apex() else None
+    return {name: _version(name) for name in OPTIONAL} | {"apex": apex}
 
 
 def command_line() -> list[str]:
@@ -95,7 +129,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _apex() -> bool:
+def _is_nvidias_apex() -> bool:
     """NVIDIA Apex, told from the other project of that name by what it offers."""
     try:
         import amp_C  # noqa: F401

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sinkbench import plugins
 from sinkbench.api import (
@@ -36,6 +36,8 @@ class Declarations:
     positional: PositionalSpec
     loss: LossSpec
     backend: Backend
+    norms: Literal["local", "te", "apex"]
+    """whose modules, see ``model.norms``."""
     transforms: tuple[DataTransform, ...]
     padded_vocab_size: int
 
@@ -67,6 +69,8 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
             does not divide over tensor-parallel ranks.
         PluginError: a plugin built something that its kind does not allow.
     """
+    from sinkbench.megatron import norms
+
     model = config.model
     padded = padded_vocab_size(model.vocab_size or vocab_size)
     if padded % config.parallel.tensor:
@@ -94,6 +98,7 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
         positional=positional,
         loss=loss,
         backend=choose(attention, _use(config, positional, loss), model.backend),
+        norms=norms.choose(model.norms, model.backend, normalization, model.hidden_size),
         transforms=tuple(_built(chosen, context, DataTransform) for chosen in resolved.transforms),
         padded_vocab_size=padded,
     )
@@ -141,6 +146,9 @@ def _check_sink_token(config: Config) -> None:
             "a sink token makes the sequence one longer, which sequence and context parallelism cannot split",
             "set parallel.sequence: false and parallel.context: 1",
         )
+    if config.train.fp8 is not None:
+        problem = "a sink token makes the sequence one longer, which products in fp8 cannot take"
+        raise RecipeError("model.attention", problem, "remove train.fp8")
 
 
 def _check_documents(attention: AttentionSpec, loss: LossSpec) -> None:
@@ -203,6 +211,9 @@ def build_stages(config: Config, declared: Declarations, layout: Layout) -> list
         attention=attention,
         fused="layer" in fused,
         normalization=declared.normalization,
+        linears=config.model.linear_maps,
+        norms=declared.norms,
+        fp8=config.train.fp8,
         ffn=config.model.ffn != "none",
         parallel_residual=config.model.parallel_residual,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from sinkbench import packages
 from sinkbench.batching import data_parallel_size, micro_batch_size
 from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import Config
@@ -76,12 +77,12 @@ def _whole_number(name: str, least: int) -> int | None:
 
 
 def check_host(config: Config) -> None:
-    """Checks the number of processes, the run's folder, what it starts from and, for training on CPU, the
-    memory.
+    """Checks the number of processes, the run's folder, what it starts from, the packages that it names and,
+    for training on CPU, the memory.
 
     Raises:
-        HostError: the folder cannot be written; the processes do not suit the layout; it does not fit into
-            memory.
+        HostError: the folder cannot be written; the processes do not suit the layout; a package that the
+            recipe names is absent; it does not fit into memory.
         RecipeError: the folder holds a run of another recipe; the batch does not divide.
         CheckpointError: the checkpoint to start from is absent or damaged.
     """
@@ -93,7 +94,9 @@ def check_host(config: Config) -> None:
         open_checkpoint(Path(start).expanduser())
     data_size = data_parallel_size(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     micro_batch = micro_batch_size(config, data_size)
-    if config.train.device == "cpu" or (config.train.device == "auto" and not _CUDA_DEVICE.exists()):
+    on_card = config.train.device != "cpu" and (config.train.device == "cuda" or _CUDA_DEVICE.exists())
+    packages.check(config, on_card=on_card)
+    if not on_card:
         _check_weights(config)
         _check_activations(config, micro_batch)
         _check_batch(config, config.train.global_batch_size // data_size)

@@ -165,8 +165,8 @@ class Trainer:
             keep_tokenizer(self.source.tokenizer, self.folder.path)
         self.sinks = open_sinks(self.config, self.folder.path, start)
         if self.config.log.progress:
-            backend = self.declared.backend.name
-            print(f"{self.config.name}: attention by the {backend} backend", file=sys.stderr, flush=True)
+            programs = manifest.in_words(self.declared)
+            print(f"{self.config.name}: {programs}", file=sys.stderr, flush=True)
 
     def _resume(self) -> int:
         checkpoint = newest_good(self.store, self.layout, self.config.checkpoint.verify)

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from sinkbench.api import AttentionSpec, Softmax
-from sinkbench.attention import flash_attn, flash_torch, flex, fused, linear, reference, sdpa
+from sinkbench.attention import (
+    flash_attn,
+    flash_torch,
+    flex,
+    fused,
+    linear,
+    reference,
+    sdpa,
+    transformer_engine,
+)
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
 
@@ -49,6 +58,10 @@ def _always(spec: AttentionSpec, use: Use) -> bool:
     return True
 
 
+def _never(spec: AttentionSpec, use: Use) -> bool:
+    return False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Backend:
     """Attributes:
@@ -73,6 +86,18 @@ def _missing_flash(spec: AttentionSpec, use: Use) -> list[str]:
     }
     found = [what for what, wanted in lacks.items() if wanted]
     return found or flash_attn.missing(spec, use.head_size, half=use.half)
+
+
+def _missing_te(spec: AttentionSpec, use: Use) -> list[str]:
+    lacks = {
+        "attention on a CPU": use.device == "cpu",
+        "a sequence split by context parallelism": use.split_sequence,
+        "a position bias": use.position_bias,
+        "a bidirectional prefix": use.prefix,
+        DOCUMENTS: use.documents,
+    }
+    found = [what for what, wanted in lacks.items() if wanted]
+    return found or transformer_engine.missing(spec, use.head_size, half=use.half)
 
 
 def _missing_flex(spec: AttentionSpec, use: Use) -> list[str]:
@@ -129,8 +154,10 @@ BACKENDS = (
         missing=_missing_flash,
         run=flash_attn.run,
         # Faster on the card, but slower to launch: a step of a small model takes longer with it.
-        preferred=lambda spec, use: False,
+        preferred=_never,
     ),
+    # The kernels of cuDNN that torch has as well.
+    Backend(name="te", missing=_missing_te, run=transformer_engine.run, preferred=_never),
     Backend(name="linear", missing=_missing_linear, run=linear.run),
     Backend(
         name="triton",

@@ -141,15 +141,15 @@ def _more(p: Problem) -> More:
         if slot.value is not None:
             value = slot_value(p).expand(1, heads, 1, size)[0, :, 0]
     wide = torch.promote_types(p.query_bhqd.dtype, torch.float32)
-    sink_logit = _sink_logit(p, p.query_bhqd.new_empty((1, heads, 0), dtype=wide))
+    logit = sink_logit(p, p.query_bhqd.new_empty((1, heads, 0), dtype=wide))
     return More(
         slot_key=key,
         slot_value=value,
-        sink_logit=None if sink_logit is None else sink_logit[:, 0],
+        sink_logit=None if logit is None else logit[:, 0],
     )
 
 
-def _sink_logit(p: Problem, like: Tensor) -> Tensor | None:
+def sink_logit(p: Problem, like: Tensor) -> Tensor | None:
     """[h, 1]. A bias on all scores is the same as its negative on the logit."""
     assert isinstance(p.spec.rule, Softmax)
     logit = parameter_or_constant(p, p.spec.rule.sink_logit, like)
@@ -169,7 +169,7 @@ def _masked_with_more(p: Problem) -> Tensor:
         keys.append(per_kv_head(p, p.parameters[slot.key]).to(nothing.dtype).expand_as(nothing))
         values.append(_slot_value_per_group(p).to(nothing.dtype).expand_as(nothing))
         scores.append(p.query_bhqd.new_zeros(heads, 1))
-    if (logit := _sink_logit(p, p.query_bhqd)) is not None:
+    if (logit := sink_logit(p, p.query_bhqd)) is not None:
         keys.append(nothing)
         values.append(nothing)
         scores.append(logit)

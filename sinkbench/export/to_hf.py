@@ -61,8 +61,7 @@ class Model:
         """
         config = recipe.to_config(recipe.load(path))
         train = config.train.model_copy(update={"device": "cpu"})
-        model = config.model.model_copy(update={"backend": "auto"})
-        here = {"parallel": ParallelConfig(), "train": train, "model": model}
+        here = {"parallel": ParallelConfig(), "train": train, "model": config.model.portable()}
         resolved = plugins.resolve(config, plugins.discover())
         stored = StoredTensors(folder)
         rows = stored.tensors["embedding.word_embeddings.weight"].shape[0]

@@ -134,4 +134,5 @@ def _for_one_process(path: Path, settings: Settings) -> Config:
     overrides += [f"measure.metrics=[{', '.join(settings.metrics)}]"] if settings.metrics else []
     config = recipe.to_config(recipe.load(path, overrides))
     train = config.train.model_copy(update={"device": settings.device, "recompute": "none"})
-    return config.model_copy(update={"parallel": ParallelConfig(), "train": train})
+    here = {"parallel": ParallelConfig(), "train": train, "model": config.model.portable()}
+    return config.model_copy(update=here)

@@ -24,6 +24,7 @@ from sinkbench.attention.backends import Backend
 from sinkbench.attention.reference import Problem
 from sinkbench.megatron.rotation import HeadLayout, split_and_rotate
 from sinkbench.megatron.sequence import Group, gather_sequence, local_positions
+from sinkbench.megatron.transformer_engine import LOCAL, Linears
 
 
 def make_parameter(spec: ParameterSpec, config: TransformerConfig, tp_group: Group) -> torch.nn.Parameter:
@@ -194,6 +195,7 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         fused: bool = False,
+        linears: Linears = LOCAL,
     ) -> None:
         super().__init__(config=config)
         self.fused = fused
@@ -207,9 +209,9 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
             size=config.kv_channels,
         )
         width = config.kv_channels * config.num_attention_heads
-        linear: dict[str, Any] = {"config": config, "skip_bias_add": False}
+        linear: dict[str, Any] = {"config": config, "skip_bias_add": False, "is_expert": False}
         linear["tp_group"] = pg_collection.tp
-        self.linear_qkv = tensor_parallel.ColumnParallelLinear(
+        self.linear_qkv = linears.column(
             config.hidden_size,
             width + 2 * config.kv_channels * config.num_query_groups,
             init_method=config.init_method,
@@ -221,7 +223,7 @@ class SelfAttention(MegatronModule):  # type: ignore[misc]
         if parts.spec.combine == "sum":
             self.linear_proj = SummedProjection(config, pg_collection)
         else:
-            self.linear_proj = tensor_parallel.RowParallelLinear(
+            self.linear_proj = linears.row(
                 width,
                 config.hidden_size,
                 init_method=config.output_layer_init_method,

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
@@ -22,10 +21,13 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from sinkbench.api import NormalizationSpec
+from sinkbench.megatron import transformer_engine
 from sinkbench.megatron.attention import AttentionParts, SelfAttention
 from sinkbench.megatron.feed_forward import FeedForward
 from sinkbench.megatron.first_value import FirstValue
 from sinkbench.megatron.fusions import compiled
+from sinkbench.megatron.norms import By, made
+from sinkbench.megatron.transformer_engine import Fp8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,22 @@ class LayerParts:
     parallel_residual: bool = False
     fused: bool = False
     """norms with the residual addition before them, activations, and rotation are compiled."""
+    linears: Literal["local", "te"] = "local"
+    norms: By = "local"
+    fp8: Fp8 | None = None
+    """of products while training."""
+
+    @property
+    def fused_norms(self) -> bool:
+        """Other packages' norms are kernels of their own already."""
+        return self.fused and self.norms == "local"
 
 
-def make_norm(spec: NormalizationSpec, size: int, config: TransformerConfig) -> torch.nn.Module:
-    """A plugin's norm on the model's device and dtype; its gradients are partial sums under sequence
-    parallelism, where each rank sees its share of the positions."""
-    norm = spec.norm(size).to(device=torch.cuda.current_device(), dtype=config.params_dtype)
+def make_norm(parts: LayerParts, config: TransformerConfig) -> torch.nn.Module:
+    """A norm on the model's device and dtype; its gradients are partial sums under sequence parallelism,
+    where each rank sees its share of the positions."""
+    norm = made(parts.normalization.norm(config.hidden_size), parts.norms)
+    norm = norm.to(device=torch.cuda.current_device(), dtype=config.params_dtype)
     for parameter in norm.parameters():
         parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
     return norm
@@ -119,30 +131,29 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         )
         self.location = submodules.normalization.location
         self.parallel_residual = submodules.parallel_residual
-        self.fused = submodules.fused
+        self.fused_norms = submodules.fused_norms
+        self.fp8 = submodules.fp8
+        linears = transformer_engine.linears(submodules.linears)
         self.attention = SelfAttention(
-            config, submodules.attention, self.layer_number, pg_collection, submodules.fused
+            config, submodules.attention, self.layer_number, pg_collection, submodules.fused, linears
         )
         self.to_next_stage: FirstValue | None = None
         """Set on the last layer of a stage whose followers need the values of layer 1."""
         self.next_read: Read | None = None
         """Set where this layer's last addition is one kernel with the norm that follows."""
-        linears = MLPSubmodules(
-            linear_fc1=tensor_parallel.ColumnParallelLinear,
-            linear_fc2=tensor_parallel.RowParallelLinear,
-        )
+        maps = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
         block = FeedForward if submodules.fused else MLP
-        self.mlp = block(config, linears, tp_group=pg_collection.tp) if submodules.ffn else None
+        self.mlp = block(config, maps, tp_group=pg_collection.tp) if submodules.ffn else None
         sublayers = ("attention", "mlp") if submodules.ffn else ("attention",)
         self.norms = torch.nn.ModuleDict(
             {
-                name: make_norm(submodules.normalization, config.hidden_size, config)
+                name: make_norm(submodules, config)
                 for sublayer in sublayers
                 for name in self._norm_names(sublayer)
             }
         )
         if self.location == "pre":
-            self.first_read = Read(self.norms["attention_input"], submodules.fused)
+            self.first_read = Read(self.norms["attention_input"], submodules.fused_norms)
 
     def _norm_names(self, sublayer: str) -> list[str]:
         before, after = f"{sublayer}_input", f"{sublayer}_output"
@@ -160,8 +171,16 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         decoder needs; masks follow from positions, but for documents: ``attention_mask`` is where that of
         each position begins, int32 [b, s] of the whole sequence. What it carries from layer to layer for
         cross-attention carries the values of layer 1 here."""
-        first_value = context
+        with transformer_engine.products_in(self.fp8 if self.training else None):
+            return self._forward(hidden_states, attention_mask, context, rotary_pos_emb)
 
+    def _forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        first_value: Tensor | None,
+        rotary_pos_emb: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
         def attention(x: Tensor) -> Tensor:
             nonlocal first_value
             attended: Tensor
@@ -208,7 +227,7 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         return self._dropout(sublayer(self._fuse(normed)(self.norms[f"{name}_input"], x)))
 
     def _fuse(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return compiled(function) if self.fused else function
+        return compiled(function) if self.fused_norms else function
 
     def _dropout(self, x: Tensor) -> Tensor:
         probability = self.config.hidden_dropout
@@ -224,7 +243,7 @@ def read_ahead(layers: Sequence[Layer], last: Read | None) -> None:
     """
     for layer, following in zip_longest(layers, layers[1:]):
         apart = layer.parallel_residual or layer.config.recompute_granularity == "full"
-        if layer.fused and layer.location == "pre" and not apart:
+        if layer.fused_norms and layer.location == "pre" and not apart:
             layer.next_read = last if following is None else following.first_read
 
 

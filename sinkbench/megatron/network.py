@@ -156,11 +156,9 @@ class Network(LanguageModule):  # type: ignore[misc]
             self.decoder.layers[-1].to_next_stage = self.carried
         if post_process:
             post_norm = parts.normalization.location == "post"
-            self.final_norm = (
-                None if post_norm else make_norm(parts.normalization, config.hidden_size, config)
-            )
+            self.final_norm = None if post_norm else make_norm(parts, config)
             if self.final_norm is not None:
-                self._final_read = Read(self.final_norm, parts.fused)
+                self._final_read = Read(self.final_norm, parts.fused_norms)
             self.output_layer = OutputLayer(
                 config.hidden_size,
                 vocab_size,

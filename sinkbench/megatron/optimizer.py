@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from sinkbench.config import Config
+from sinkbench.megatron import fused_adam
 from sinkbench.megatron.settings import optimizer_config
 
 
@@ -21,7 +22,13 @@ def make_optimizer(config: Config, stages: list[Any]) -> ChainedOptimizer:
     """The optimizer of this rank's model chunks."""
     # None makes megatron leave one-dimensional parameters out of weight decay; {} decays all.
     overrides: dict[Any, Any] | None = {} if config.optim.weight_decay_on == "all" else None
-    return get_megatron_optimizer(optimizer_config(config), stages, config_overrides=overrides)
+    fused_adam.leave_it_to_torch()
+    optimizer = get_megatron_optimizer(optimizer_config(config), stages, config_overrides=overrides)
+    if config.optim.implementation != "torch":
+        give_moments(optimizer)
+        for part in distributed_optimizers(optimizer):
+            part.optimizer.step = fused_adam.FusedUpdate(part.optimizer, config.optim.implementation)
+    return optimizer
 
 
 def make_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
@@ -103,18 +110,9 @@ def _gradient_norm(parts: list[DistributedOptimizer]) -> Tensor:
     return squares.sqrt()
 
 
-def is_torch_adam(optimizer: ChainedOptimizer) -> bool:
-    """Whether it is torch's AdamW that updates. Where Transformer Engine or Apex is installed megatron takes
-    theirs, fused already, which heeds no decision of the card's."""
-    parts = distributed_optimizers(optimizer)
-    return all(isinstance(part.optimizer, torch.optim.AdamW) for part in parts)
-
-
 def _choose(part: DistributedOptimizer, fused: bool) -> None:
     """Which of torch's forms of AdamW runs: a checkpoint brings the choice of the run that wrote it. The
     fused form counts steps on the parameters' device, the others on the host."""
-    if not isinstance(part.optimizer, torch.optim.AdamW):
-        return
     for group in part.optimizer.param_groups:
         group["fused"], group["foreach"] = (True, False) if fused else (None, None)
         for parameter in group["params"]:

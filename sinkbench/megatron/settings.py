@@ -95,6 +95,9 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         **_recompute(config.train.recompute),
     )
     fields |= _passed_through(model.megatron, set(fields))
+    if model.linear_maps == "te" and fields.get("tp_comm_overlap"):
+        problem = "Transformer Engine needs buffers for it, which are not made here"
+        raise RecipeError("model.megatron.tp_comm_overlap", problem, "remove it")
     if "loss" in fused:
         for name in sorted(OF_EAGER_LOSS & model.megatron.keys()):
             remedy = "remove it, or leave loss out of train.fused"

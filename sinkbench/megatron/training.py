@@ -26,7 +26,6 @@ from sinkbench.megatron.host_copies import HostCopies
 from sinkbench.megatron.network import Network
 from sinkbench.megatron.optimizer import (
     copy_together,
-    is_torch_adam,
     make_optimizer,
     make_scheduler,
     update,
@@ -67,7 +66,8 @@ class Engine:
         self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
         self.optimizer = make_optimizer(config, self.stages)
         fused = "optimizer" in fusions.chosen(config, layout.device)
-        self._fused_update = fused and is_torch_adam(self.optimizer)
+        # FusedAdam's kernels, of other packages, heed no decision of the card's.
+        self._fused_update = fused and config.optim.implementation == "torch"
         self._tokens: Tensor | None = None
         """Of the whole batch, once its gradients are summed: what they are still to be divided by."""
         if fused:

@@ -103,12 +103,15 @@ def an_engine(arguments: list[str]) -> Iterator[Any]:
         yield Engine(config, build_stages(config, declared, layout), layout)
 
 
-def step(engine: Any, number: int) -> None:
+def batch_of(engine: Any, number: int) -> dict[str, torch.Tensor]:
     length = engine.config.model.seq_length
     generator = torch.Generator().manual_seed(number)
     tokens = torch.randint(0, 65, (4, length + 1), generator=generator)
-    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": torch.ones(4, length)}
-    engine.train_step([batch])
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": torch.ones(4, length)}
+
+
+def step(engine: Any, number: int) -> None:
+    engine.train_step([batch_of(engine, number)])
 
 
 ENGINE = ["demo.yaml", "label=null", "model={num_layers: 2, num_attention_heads: 2}", "train.precision=fp32"]

@@ -123,7 +123,7 @@ def test_a_backend_that_cannot() -> None:
     ):
         call(backend="linear")
     with pytest.raises(
-        RecipeError, match="there is no backend quick; write auto or one of flash, linear, triton"
+        RecipeError, match="there is no backend quick; write auto or one of flash, te, linear"
     ):
         call(backend="quick")
 

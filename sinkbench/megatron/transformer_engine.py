@@ -1,0 +1,89 @@
+"""Transformer Engine's linear maps, by megatron-core's wrappers, in the place of megatron's own.
+
+Parameters have the same names, shapes and initial values, so that a checkpoint of one is one of the other.
+The norm before a linear map stays a module of its own: fused into it, its gain would have another name.
+
+fp8 has the recipes without a state: the scale of a tensor or block is that of its numbers. So a run resumes
+as it would have gone on, and there is nothing to keep but the weights. Delayed scaling has a history, which
+Transformer Engine keeps as a pickle; nothing that is in a checkpoint is run here.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron.core import tensor_parallel
+
+from sinkbench.errors import HostError
+
+Fp8 = Literal["tensorwise", "blockwise"]
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Classes of linear maps whose outputs or inputs are split over tensor-parallel ranks."""
+
+    column: type
+    row: type
+
+
+LOCAL = Linears(tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
+
+
+class _WithoutState:
+    """What megatron's own linear maps say of a state beside their parameters."""
+
+    def get_extra_state(self) -> None:
+        return None
+
+    def set_extra_state(self, state: Any) -> None:
+        """One that was written elsewhere is passed over."""
+
+
+def linears(whose: Literal["local", "te"]) -> Linears:
+    """
+    Raises:
+        HostError: Transformer Engine cannot be used.
+    """
+    if whose == "local":
+        return LOCAL
+    load()
+    from megatron.core.extensions import transformer_engine as wrappers
+
+    # Named as megatron's are: by these names, measurements know linear maps.
+    return Linears(
+        *(
+            type(local.__name__, (_WithoutState, wrapper), {})
+            for local, wrapper in (
+                (LOCAL.column, wrappers.TEColumnParallelLinear),
+                (LOCAL.row, wrappers.TERowParallelLinear),
+            )
+        )
+    )
+
+
+def products_in(fp8: Fp8 | None) -> AbstractContextManager[Any]:
+    """Within, linear maps of Transformer Engine compute in 8 bits."""
+    if fp8 is None:
+        return nullcontext()
+    from transformer_engine.common import recipe
+
+    scaling = recipe.Float8CurrentScaling if fp8 == "tensorwise" else recipe.Float8BlockScaling
+    context: AbstractContextManager[Any] = load().fp8_autocast(enabled=True, fp8_recipe=scaling())
+    return context
+
+
+def load() -> Any:
+    """The module transformer_engine.pytorch.
+
+    Raises:
+        HostError: it cannot be imported.
+    """
+    try:
+        import transformer_engine.pytorch as module
+    except (ImportError, OSError) as error:
+        remedy = "install it for this torch and CUDA, or set what asks for te to local, auto or torch"
+        raise HostError("transformer_engine", f"cannot be imported ({error})", remedy) from error
+    return module

@@ -1,0 +1,59 @@
+"""Optional packages that a recipe asks for: whether they are here, told without importing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from sinkbench.config import Config
+from sinkbench.errors import HostError
+
+
+@dataclass(frozen=True)
+class Package:
+    """Attributes:
+    modules: that tell it from another project of its name.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+
+
+PACKAGES = {
+    "te": Package("transformer_engine", ("transformer_engine",)),
+    "apex": Package("NVIDIA Apex", ("apex", "amp_C")),
+}
+"""By what a recipe calls them."""
+
+
+def asked_for(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Key, value of each that a recipe names, and what to write instead."""
+    model = config.model
+    for key, value, instead in (
+        ("model.backend", model.backend, "auto"),
+        ("model.linears", model.linears, "local"),
+        ("model.norms", model.norms, "local"),
+        ("optim.implementation", config.optim.implementation, "torch"),
+    ):
+        if value in PACKAGES:
+            assert value is not None
+            yield key, value, instead
+
+
+def check(config: Config, *, on_card: bool) -> None:
+    """
+    Args:
+        on_card: the run is on a CUDA card.
+
+    Raises:
+        HostError: a package that the recipe names is not installed, or there is no card for it.
+    """
+    for key, value, instead in asked_for(config):
+        package = PACKAGES[value]
+        if any(find_spec(module) is None for module in package.modules):
+            raise HostError(
+                key, f"{value} is {package.name}, which is not installed", f"install it, or write {instead}"
+            )
+        if not on_card:
+            raise HostError(key, f"{value} is {package.name}, which needs a CUDA card", f"write {instead}")
