@@ -27,6 +27,10 @@ PACKAGES = {
 """By what a recipe calls them."""
 
 
+def is_installed(package: Package) -> bool:
+    return all(find_spec(module) is not None for module in package.modules)
+
+
 def asked_for(config: Config) -> Iterator[tuple[str, str, str]]:
     """Key, value of each that a recipe names, and what to write instead."""
     model = config.model
@@ -51,7 +55,7 @@ def check(config: Config, *, on_card: bool) -> None:
     """
     for key, value, instead in asked_for(config):
         package = PACKAGES[value]
-        if any(find_spec(module) is None for module in package.modules):
+        if not is_installed(package):
             raise HostError(
                 key, f"{value} is {package.name}, which is not installed", f"install it, or write {instead}"
             )

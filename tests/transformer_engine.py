@@ -70,14 +70,16 @@ class Linear(WithState):
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
         from megatron.core import tensor_parallel as tp
 
-        assert is_first_microbatch is not None
+        assert is_first_microbatch is None, "its gradient would replace what is in the sum"
         products.append(tuple(in_fp8))
         column, group = self.parallel_mode == "column", self.group
         if column and self.split_sequence:
             x = tp.gather_from_sequence_parallel_region(x, group=group)
         elif column:
             x = tp.copy_to_tensor_model_parallel_region(x, group=group)
-        weight = AddedToSum.apply(self.weight) if self.adds_to_sum else self.weight  # type: ignore[no-untyped-call]
+        weight = self.weight
+        if self.adds_to_sum:
+            weight = AddedToSum.apply(self.weight)  # type: ignore[no-untyped-call]
         y = x @ weight.t()
         if not column and self.split_sequence:
             y = tp.reduce_scatter_to_sequence_parallel_region(y, group=group)
@@ -172,9 +174,9 @@ class FusedAdam(torch.optim.Optimizer):
 
 
 @contextmanager
-def fp8_autocast(enabled: bool, fp8_recipe: Any) -> Iterator[None]:
+def autocast(enabled: bool, recipe: Any) -> Iterator[None]:
     assert enabled
-    in_fp8.append(type(fp8_recipe).__name__)
+    in_fp8.append(type(recipe).__name__)
     try:
         yield
     finally:
@@ -197,7 +199,7 @@ def install() -> None:
         for name in ("", ".pytorch", ".pytorch.fp8", ".common", ".pytorch.optimizers")
     )
     classes = (Linear, RMSNorm, LayerNorm, DotProductAttention, WithState)
-    vars(pytorch).update({c.__name__: c for c in classes}, fp8=fp8, fp8_autocast=fp8_autocast)
+    vars(pytorch).update({c.__name__: c for c in classes}, fp8=fp8, autocast=autocast)
     vars(pytorch).update(ops=_Package("ops"), distributed=_Package("distributed"), optimizers=optimizers)
     vars(pytorch).update(LayerNormLinear=torch.nn.Module, GroupedLinear=torch.nn.Module)
     vars(fp8).update(FP8GlobalStateManager=SimpleNamespace(is_fp8_enabled=lambda: bool(in_fp8)))

@@ -73,6 +73,9 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion="gradients" in fused,
+        # Otherwise Transformer Engine writes over the sum of gradients in what megatron calls a step's first
+        # micro-batch, which in a graph is each.
+        disable_parameter_transpose_cache=True,
         # initialise.py fills the weights; megatron's initialisation only marks how they are split.
         init_method=_leave,
         output_layer_init_method=_leave,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from megatron.core import tensor_parallel
@@ -68,11 +69,20 @@ def products_in(fp8: Fp8 | None) -> AbstractContextManager[Any]:
     """Within, linear maps of Transformer Engine compute in 8 bits."""
     if fp8 is None:
         return nullcontext()
+    module, recipe = load(), _scaling(fp8)
+    context: AbstractContextManager[Any]
+    if hasattr(module, "autocast"):  # since 2.9
+        context = module.autocast(enabled=True, recipe=recipe)
+    else:
+        context = module.fp8_autocast(enabled=True, fp8_recipe=recipe)
+    return context
+
+
+@cache
+def _scaling(fp8: Fp8) -> Any:
     from transformer_engine.common import recipe
 
-    scaling = recipe.Float8CurrentScaling if fp8 == "tensorwise" else recipe.Float8BlockScaling
-    context: AbstractContextManager[Any] = load().fp8_autocast(enabled=True, fp8_recipe=scaling())
-    return context
+    return recipe.Float8CurrentScaling() if fp8 == "tensorwise" else recipe.Float8BlockScaling()
 
 
 def load() -> Any:

@@ -106,8 +106,9 @@ def an_engine(arguments: list[str]) -> Iterator[Any]:
 def batch_of(engine: Any, number: int) -> dict[str, torch.Tensor]:
     length = engine.config.model.seq_length
     generator = torch.Generator().manual_seed(number)
-    tokens = torch.randint(0, 65, (4, length + 1), generator=generator)
-    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": torch.ones(4, length)}
+    tokens = torch.randint(0, 65, (4, length + 1), generator=generator).to(engine.layout.device)
+    weights = torch.ones(4, length, device=tokens.device)
+    return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "weights": weights}
 
 
 def step(engine: Any, number: int) -> None:

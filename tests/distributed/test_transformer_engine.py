@@ -4,6 +4,7 @@ torch: losses, weights, and checkpoints that either goes on with. tests/gpu trie
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +63,41 @@ def test_the_same_training_with_everything_else_fused(run_distributed: RunDistri
     run_distributed(1, rank_compares, (), (*TE, fused), timeout=280)
 
 
-def saved(folder: Path, by: Sequence[str]) -> tuple[list[str], list[Tensor]]:
-    """The names of what a checkpoint holds, and the weights that follow after a step more."""
+@dataclass(frozen=True)
+class Saved:
+    """Attributes:
+    names: of what a checkpoint holds.
+    weights: that it holds; later: after a step more.
+    """
+
+    names: list[str]
+    weights: list[Tensor]
+    later: list[Tensor]
+
+
+def save(folder: Path, overrides: Sequence[str]) -> Saved:
     from sinkbench.safe_load import SafeReader
     from sinkbench.saving import Saver
 
     store = CheckpointStore(folder)
-    with an_engine([*ENGINE, *by]) as engine:
+    with an_engine([*ENGINE, *overrides]) as engine:
         step(engine, 1)
         saver = Saver(store, engine.layout, CheckpointConfig())
         saver.save(engine, 1, recipe.dump(engine.config))
         saver.finish()
+        weights = weights_of(engine)
         step(engine, 2)
         stored = SafeReader(store.open(1).folder).read_metadata().state_dict_metadata
-        return sorted(stored), weights_of(engine)
+        return Saved(names=sorted(stored), weights=weights, later=weights_of(engine))
 
 
-def gone_on(folder: Path, by: Sequence[str]) -> list[Tensor]:
+def go_on(folder: Path, saved: Saved, overrides: Sequence[str]) -> list[Tensor]:
+    """The weights after a step more."""
     from sinkbench.saving import load
 
-    with an_engine([*ENGINE, *by, "seed=4321"]) as engine:
+    with an_engine([*ENGINE, *overrides, "seed=4321"]) as engine:
         load(engine, CheckpointStore(folder).open(1))
+        assert all(map(torch.equal, weights_of(engine), saved.weights))
         step(engine, 2)
         return weights_of(engine)
 
@@ -93,14 +108,13 @@ def weights_of(engine: Any) -> list[Tensor]:
 
 def rank_goes_on(rank: int, world_size: int, folder: Path) -> None:
     stand_in.install()
-    names, local = saved(folder / "local", ())
-    names_of_te, te = saved(folder / "te", TE)
-    assert names_of_te == names
-    assert any(name.startswith("optimizer.state.exp_avg.decoder.layers.norms.") for name in names)
+    local, te = save(folder / "local", ()), save(folder / "te", TE)
+    assert te.names == local.names
+    assert any(name.startswith("optimizer.state.exp_avg.decoder.layers.norms.") for name in te.names)
     assert stand_in.products
-    torch.testing.assert_close(gone_on(folder / "local", TE), local, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(gone_on(folder / "te", ()), te, rtol=1e-4, atol=1e-5)
-    assert all(map(torch.equal, gone_on(folder / "te", TE), te))
+    torch.testing.assert_close(go_on(folder / "local", local, TE), local.later, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(go_on(folder / "te", te, ()), te.later, rtol=1e-4, atol=1e-5)
+    assert all(map(torch.equal, go_on(folder / "te", te, TE), te.later))
 
 
 def test_either_goes_on_with_a_checkpoint_of_the_other(
