@@ -84,7 +84,7 @@ def in_words(declared: Declarations) -> str:
     versions = optional_packages()
     used = {_DISTRIBUTIONS[name] for name in chosen.values() if name in _DISTRIBUTIONS}
     named = [f"{name} {versions[name]}" for name in sorted(used)]
-    return ", ".join(parts) + (f" ({', '.join(named)})" if named else "")
+    return ", ".join(parts) + (f"; {', '.join(named)}" if named else "")
 
 
 def optional_packages() -> dict[str, str | None]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sinkbench import packages, plugins, recipe
+from sinkbench import manifest, packages, plugins, recipe
 from sinkbench.api import NormalizationSpec
 from sinkbench.attention import backends, transformer_engine
 from sinkbench.config import Config
@@ -211,6 +211,24 @@ def test_apex_norms_have_the_plugin_s_values(monkeypatch: pytest.MonkeyPatch) ->
         assert made is not norm
         x = torch.randn(3, 8)
         torch.testing.assert_close(made(x), norm(x))
+
+
+def test_the_log_names_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "_version", {"transformer-engine": "2.11.0", "apex": "0.1"}.get)
+    monkeypatch.setattr(manifest, "_is_nvidias_apex", lambda: True)
+
+    def words(*overrides: str) -> str:
+        config = config_of("model.attention=sigmoid", *overrides)
+        return manifest.in_words(declare(config, plugins.resolve(config, plugins.discover()), 65))
+
+    attention = "attention by the eager backend"
+    assert words() == attention
+    assert words("model.norms=apex") == f"{attention}, norms by apex; apex 0.1"
+    found = words("model={linears: te, norms: te}", "train.fp8=tensorwise", "optim.implementation=apex")
+    assert found == (
+        f"{attention}, linears by te, norms by te, optimizer by apex, products in fp8 (tensorwise); "
+        "apex 0.1, transformer-engine 2.11.0"
+    )
 
 
 def test_measurement_and_export_need_none_of_them() -> None:
