@@ -51,7 +51,8 @@ def check(config: Config, *, on_card: bool) -> None:
         on_card: the run is on a CUDA card.
 
     Raises:
-        HostError: a package that the recipe names is not installed, or there is no card for it.
+        HostError: a package that the recipe names is not installed, there is no card for it, or it does not
+            compute in the recipe's precision.
     """
     for key, value, instead in asked_for(config):
         package = PACKAGES[value]
@@ -61,3 +62,6 @@ def check(config: Config, *, on_card: bool) -> None:
             )
         if not on_card:
             raise HostError(key, f"{value} is {package.name}, which needs a CUDA card", f"write {instead}")
+    if config.model.linear_maps == "te" and config.train.precision == "fp32":
+        problem = "te computes products of float32 in TF32"
+        raise HostError("model.linears", problem, "write local, or train.precision: bf16")

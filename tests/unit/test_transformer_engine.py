@@ -136,6 +136,13 @@ def test_what_a_recipe_names_must_be_here(
         packages.check(config, on_card=False)
 
 
+def test_float32_is_not_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: name)
+    with pytest.raises(HostError, match=r"^model\.linears: te computes products of float32 in TF32"):
+        packages.check(config_of("model.linears=te", "train.precision=fp32"), on_card=True)
+    packages.check(config_of("model.norms=te", "train.precision=fp32"), on_card=True)
+
+
 def test_a_recipe_that_names_none_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
     packages.check(config_of(), on_card=False)
