@@ -40,7 +40,7 @@ def backends(session: Session) -> str:
     chosen = session.subject.chosen(resolved)
     spec = cast(AttentionSpec, chosen.plugin.build(chosen.params, declared.context))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    use = Use(device=device, head_size=declared.context.head_size)
+    use = Use(device=device, head_size=declared.context.head_size, half=False)
     missing = {b.name: b.missing(spec, use) for b in BACKENDS if b.name != "eager"}
     able = [b for b in BACKENDS if b.name != "eager" and not missing[b.name]]
     lacks = "; ".join(f"{name} cannot compute {' or '.join(why)}" for name, why in missing.items() if why)

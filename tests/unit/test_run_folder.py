@@ -181,6 +181,8 @@ def test_one_run_at_a_time(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
         "checkpoint.every=7",
         "train.micro_batch_size=2",
         "train.recompute=full",
+        "model={backend: te, linears: te, norms: apex}",
+        "optim.implementation=apex",
         "output_dir=runs/../runs",
         "measure={every: 3, eps: 0.2}",
         "validation.every=3",
