@@ -333,6 +333,9 @@ class TrainConfig(Section):
     """parts that run in fewer kernels and less memory, with the same results: the loss; a layer's norms,
     activations and rotation; the sum of the weights' gradients over micro-batches; the optimizer's update.
     auto: all of them on CUDA, none on a CPU."""
+    cuda_graph: Literal["auto"] | bool = "auto"
+    """replay a step's forward and backward pass instead of launching its kernels from Python, which then runs
+    no part of the model after the first steps. auto: on one card, without recompute."""
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a card."""

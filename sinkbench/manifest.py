@@ -28,7 +28,7 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
     Args:
         data: fingerprint of the data source.
     """
-    from sinkbench.megatron import fusions
+    from sinkbench.megatron import fusions, step_graph
 
     config = declared.context.config
     parallel = config.parallel
@@ -45,6 +45,7 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
         "parallel": {**parallel.model_dump(), "data": layout.data_size},
         **programs(declared),
         "fused": sorted(fusions.chosen(config, layout.device)),
+        "cuda_graph": step_graph.wanted(config, layout),
         "plugins": {
             chosen.path: {
                 "name": chosen.plugin.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from sinkbench.api import Batch
 from sinkbench.config import Config
 from sinkbench.health import Health
-from sinkbench.megatron import fusions
+from sinkbench.megatron import fusions, step_graph
 from sinkbench.megatron.host_copies import HostCopies
 from sinkbench.megatron.network import Network
 from sinkbench.megatron.optimizer import (
@@ -32,6 +33,7 @@ from sinkbench.megatron.optimizer import (
 )
 from sinkbench.megatron.parallel import Layout
 from sinkbench.megatron.sequence import local_positions
+from sinkbench.megatron.step_graph import StepGraphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,12 @@ class Engine:
         # Of the schedule, which takes the shape of what stages send from it.
         self._transformer = copy.copy(self.networks[0].config)
         self._transformer.hidden_size = self.networks[0].sent_size
-        self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
+        self.graphs: StepGraphs | None = None
+        if step_graph.wanted(config, layout):
+            self.graphs = StepGraphs(self._pass, must=config.train.cuda_graph is True)
+        # A capture cannot hold what autograd runs on the default stream, as the hooks that are made here.
+        with torch.cuda.stream(torch.cuda.Stream()) if self.graphs is not None else nullcontext():
+            self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
         self.optimizer = make_optimizer(config, self.stages)
         fused = "optimizer" in fusions.chosen(config, layout.device)
         # FusedAdam's kernels, of other packages, heed no decision of the card's.
@@ -116,9 +123,9 @@ class Engine:
         """
         for stage in self.stages:
             stage.train()
-            stage.zero_grad_buffer()
+        self._zero_gradients()
         self.optimizer.zero_grad()
-        reports = self._run(micro_batches, forward_only=False)
+        reports = self._gradients(micro_batches)
         totals = self._totals(reports, stop=wants_stop())
         acceptable = self.health.acceptable(totals[0])
         self.copies.hold_back()
@@ -132,6 +139,37 @@ class Engine:
         return StepResult(
             loss=loss, tokens=int(tokens), grad_norm=norm, updated=was_updated > 0, stop=votes > 0
         )
+
+    def _zero_gradients(self) -> None:
+        for stage in self.stages:
+            stage.zero_grad_buffer()
+
+    def _gradients(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
+        """Adds up and reduces those of a step; what the last stage reports."""
+        if self.graphs is None or not self.graphs.ready(micro_batches, self._zero_gradients):
+            return self._run(micro_batches, forward_only=False)
+        report, self._tokens = self.graphs.run(micro_batches)
+        return [report]
+
+    def _pass(self, batch: Batch, tokens_before: Tensor, last: bool) -> tuple[Tensor, Tensor]:
+        """A micro-batch of a step without pipeline stages by itself, as ``StepGraphs`` records it."""
+
+        def finish(stages: list[Any], tokens: Tensor, **options: Any) -> None:
+            self._tokens = tokens_before + tokens
+            if last:
+                self._finalize_gradients(stages, self._tokens, **options)
+
+        (stage,), schedule = self.stages, self._transformer
+        usual = schedule.finalize_model_grads_func, schedule.no_sync_func
+        # To the schedule any micro-batch that comes alone is a last one.
+        schedule.finalize_model_grads_func, schedule.no_sync_func = finish, None
+        try:
+            with nullcontext() if last else stage.no_sync():
+                (report,) = self._run([batch], forward_only=False)
+        finally:
+            schedule.finalize_model_grads_func, schedule.no_sync_func = usual
+        assert self._tokens is not None
+        return report, self._tokens
 
     def _finalize_gradients(
         self, stages: list[Any], tokens: Tensor | None, pg_collection: Any = None, **options: Any

@@ -1,0 +1,178 @@
+"""The forward and backward pass of a micro-batch as CUDA graphs, which a step replays: the card does the same
+work, and Python launches none of its kernels.
+
+Two graphs share their memory: one adds a micro-batch to the gradients, the other is a step's last, which also
+finishes them. So a step has any number of micro-batches. What is captured reads batches, parameters and
+gradients where they lay then. Python's side of a model, a plugin's too, runs at the capture alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sinkbench.api import Batch
+from sinkbench.config import Config
+from sinkbench.errors import RecipeError
+from sinkbench.megatron.parallel import Layout
+
+_log = logging.getLogger(__name__)
+
+WARM_UP = 3
+"""Steps before the capture, in which kernels are compiled and block sizes tuned."""
+WHERE = "train.cuda_graph"
+Pass = Callable[[Batch, Tensor, bool], tuple[Tensor, Tensor]]
+"""Adds the gradients of a micro-batch, and if it is the step's last finishes them. Takes the micro-batch, the
+number of tokens before it, and whether it is the last; gives its report, float64 [2], and the number with its
+own, or at last what the gradients are still to be divided by."""
+
+
+class Recorded(Protocol):
+    """What a recorder makes of a function: the same work again, on the same memory."""
+
+    def replay(self) -> None: ...
+
+
+Recorder = Callable[[Callable[[], None]], Recorded]
+
+
+def wanted(config: Config, layout: Layout) -> bool:
+    """Whether steps are replayed: where a recipe says so, otherwise on one card alone.
+
+    Raises:
+        RecipeError: it says so, and they cannot be.
+    """
+    lacks = {
+        "is for CUDA cards": layout.device.type != "cuda",
+        "does not go with train.recompute, which keeps a random state on the host": (
+            config.train.recompute != "none"
+        ),
+        "does not go with pipeline parallelism, whose ranks wait for each other": config.parallel.pipeline
+        > 1,
+    }
+    found = [what for what, lacking in lacks.items() if lacking]
+    asked = config.train.cuda_graph
+    if asked is True and found:
+        raise RecipeError(WHERE, found[0], "set it to auto or false")
+    return not found and (layout.world_size == 1 if asked == "auto" else asked)
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What graphs read and write from outside.
+
+    Attributes:
+        batch: a micro-batch.
+        report: the sum of the step's reports, float64 [2].
+        tokens: of the step so far, int; at its end what the gradients are to be divided by.
+    """
+
+    batch: Batch
+    report: Tensor
+    tokens: Tensor
+
+
+class StepGraphs:
+    """The graphs of a run's steps.
+
+    Args:
+        one: the pass that they record.
+        must: an error is one of the run's; otherwise steps go on without graphs, with a line in the log.
+        record: of the card; tests have another.
+    """
+
+    def __init__(self, one: Pass, *, must: bool, record: Recorder | None = None) -> None:
+        self._one = one
+        self._must = must
+        self._record = record or CudaRecorder()
+        self._steps = 0
+        self._memory: _Memory | None = None
+        self._graphs: dict[bool, Recorded] = {}
+        """By whether they are for a step's last micro-batch."""
+        self.given_up = False
+
+    def ready(self, micro_batches: Sequence[Batch], reset: Callable[[], None]) -> bool:
+        """Whether this step is one to replay: it comes after the first few and has their shapes.
+
+        Args:
+            reset: brings gradients and their book-keeping back to a step's beginning.
+
+        Raises:
+            RecipeError: the pass could not be captured, and ``must`` be.
+        """
+        self._steps += 1
+        if self.given_up or self._steps <= WARM_UP:
+            return False
+        memory = self._memory = self._memory or _memory_for(micro_batches[0])
+        if any(_form(batch) != _form(memory.batch) for batch in micro_batches):
+            return False
+        needed = {True, len(micro_batches) == 1} - set(self._graphs)
+        self.given_up = not all(self._captured(memory, last, reset) for last in needed)
+        return not self.given_up
+
+    def run(self, micro_batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """The sum of the reports, and what the gradients are to be divided by; both stay until the next."""
+        assert self._memory is not None
+        self._memory.report.zero_()
+        self._memory.tokens.zero_()
+        for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+            for name, tensor in batch.items():
+                self._memory.batch[name].copy_(tensor)
+            self._graphs[left == 0].replay()
+        return self._memory.report, self._memory.tokens
+
+    def _captured(self, memory: _Memory, last: bool, reset: Callable[[], None]) -> bool:
+        def add() -> None:
+            report, tokens = self._one(memory.batch, memory.tokens, last)
+            memory.report.add_(report)
+            memory.tokens.copy_(tokens)
+
+        try:
+            self._graphs[last] = self._record(add)
+        except Exception as error:  # a model that waits for the card, out of memory, ...
+            reason = " ".join(str(error).split())[:300]
+            if self._must:
+                raise RecipeError(WHERE, f"capture failed: {reason}", "set it to auto or false") from error
+            _log.warning("%s: steps go on without, as the capture failed: %s", WHERE, reason)
+            self._graphs.clear()
+        reset()
+        return last in self._graphs
+
+
+class CudaRecorder:
+    """Captures functions into CUDA graphs that share their memory, as they never run at once."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+
+    def __call__(self, function: Callable[[], None]) -> Recorded:
+        graph = torch.cuda.CUDAGraph()
+        random = torch.cuda.default_generators[torch.cuda.current_device()]
+        before = random.clone_state()
+        try:
+            # Other threads copy batches and checkpoints meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                function()
+        except Exception:
+            random.graphsafe_set_state(before)  # its own would wait for this capture's end for ever
+            raise
+        self._pool = graph.pool()
+        return graph
+
+
+def _memory_for(batch: Batch) -> _Memory:
+    device = batch["tokens"].device
+    return _Memory(
+        batch={name: tensor.clone() for name, tensor in batch.items()},
+        report=torch.zeros(2, dtype=torch.float64, device=device),
+        tokens=torch.zeros((), dtype=torch.int, device=device),
+    )
+
+
+def _form(batch: Batch) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in batch.items()}
