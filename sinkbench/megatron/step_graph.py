@@ -52,8 +52,12 @@ def wanted(config: Config, layout: Layout) -> bool:
         "does not go with train.recompute, which keeps a random state on the host": (
             config.train.recompute != "none"
         ),
-        "does not go with pipeline parallelism, whose ranks wait for each other": config.parallel.pipeline
-        > 1,
+        "does not go with pipeline parallelism, whose ranks wait for each other": (
+            config.parallel.pipeline > 1
+        ),
+        "does not go with tensor parallelism, for which megatron sets random states in every pass": (
+            config.parallel.tensor > 1
+        ),
     }
     found = [what for what, lacking in lacks.items() if lacking]
     asked = config.train.cuda_graph
