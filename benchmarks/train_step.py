@@ -235,7 +235,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--fused", default="auto", help="train.fused of ours")
     parser.add_argument("--micro-batch", type=int, help="sequences of a micro-batch")
     parser.add_argument("--micro-batches", type=int, default=4, help="of a step")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the measured ones")
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=5,
+        help="steps before the measured ones, CUDA graphs' capture among them",
+    )
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--no-profile", dest="profile", action="store_false", help="no breakdown, no probe")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="no row begins after so long")

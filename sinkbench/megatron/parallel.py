@@ -63,6 +63,9 @@ def start(config: Config) -> Layout:
     data_parallel_size(parallel, world_size())
     if config.train.device == "cuda" and not torch.cuda.is_available():
         raise HostError("train.device", "cuda is not available here", "write auto or cpu")
+    if parallel.tensor > 1:
+        # Read when CUDA starts. With more, a product launched after a collective takes the card before it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = host.prepare(config.train.device)
     if not dist.is_initialized():
         _init_process_group(device)
