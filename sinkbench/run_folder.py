@@ -47,6 +47,7 @@ MAY_CHANGE = (
     "train.micro_batch_size",
     "train.recompute",
     "train.fused",
+    "train.cuda_graph",
     "train.max_minutes",
     "train.max_skipped_steps",
     "train.on_spike",
