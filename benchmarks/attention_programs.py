@@ -187,6 +187,7 @@ def use_of(name: str, shape: Shape, device: str, *, deterministic: bool = False)
         prefix=VARIANTS[name].prefix > 0,
         documents=VARIANTS[name].document > 0,
         deterministic=deterministic,
+        replayed=device == "cuda",
     )
 
 

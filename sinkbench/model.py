@@ -105,8 +105,12 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
 
 
 def _use(config: Config, positional: PositionalSpec, loss: LossSpec) -> Use:
+    from sinkbench.megatron.parallel import world_size
+    from sinkbench.megatron.step_graph import replays
+
+    device = _device(config)
     return Use(
-        device=_device(config),
+        device=device,
         head_size=config.model.head_dim,
         split_sequence=config.parallel.context > 1,
         position_bias=positional.score_bias is not None,
@@ -115,6 +119,7 @@ def _use(config: Config, positional: PositionalSpec, loss: LossSpec) -> Use:
         documents=has_document_mask(config),
         half=config.train.precision == "bf16",
         deterministic=config.train.deterministic,
+        replayed=replays(config, device, world_size()),
     )
 
 

@@ -41,6 +41,7 @@ class Use:
         documents: queries see keys of their own document only.
         half: queries, keys and values are bf16 or fp16.
         deterministic: the same gradients bit for bit, each time.
+        replayed: from a CUDA graph, so that what launches cost does not count.
     """
 
     device: str
@@ -52,6 +53,7 @@ class Use:
     documents: bool = False
     half: bool = True
     deterministic: bool = False
+    replayed: bool = False
 
 
 def _always(spec: AttentionSpec, use: Use) -> bool:
@@ -98,6 +100,13 @@ def _missing_te(spec: AttentionSpec, use: Use) -> list[str]:
     }
     found = [what for what, wanted in lacks.items() if wanted]
     return found or transformer_engine.missing(spec, use.head_size, half=use.half)
+
+
+def _is_fastest_replayed(spec: AttentionSpec, use: Use) -> bool:
+    """FlashAttention-4 is the fastest softmax on a card at the usual head sizes, but slow to launch: a small
+    model's step that launches it takes longer than one with cuDNN's."""
+    usual = 64 <= use.head_size <= 128
+    return use.replayed and usual and not use.deterministic and flash_attn.has_four()
 
 
 def _missing_flex(spec: AttentionSpec, use: Use) -> list[str]:
@@ -153,8 +162,7 @@ BACKENDS = (
         name="flash",
         missing=_missing_flash,
         run=flash_attn.run,
-        # Faster on the card, but slower to launch: a step of a small model takes longer with it.
-        preferred=_never,
+        preferred=_is_fastest_replayed,
     ),
     # The kernels of cuDNN that torch has as well.
     Backend(name="te", missing=_missing_te, run=transformer_engine.run, preferred=_never),

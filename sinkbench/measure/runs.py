@@ -133,6 +133,7 @@ def _for_one_process(path: Path, settings: Settings) -> Config:
     overrides += [f"measure.count={settings.count}"] if settings.count is not None else []
     overrides += [f"measure.metrics=[{', '.join(settings.metrics)}]"] if settings.metrics else []
     config = recipe.to_config(recipe.load(path, overrides))
-    train = config.train.model_copy(update={"device": settings.device, "recompute": "none"})
+    forward = {"device": settings.device, "recompute": "none", "cuda_graph": False}
+    train = config.train.model_copy(update=forward)
     here = {"parallel": ParallelConfig(), "train": train, "model": config.model.portable()}
     return config.model_copy(update=here)

@@ -41,29 +41,41 @@ class Recorded(Protocol):
 Recorder = Callable[[Callable[[], None]], Recorded]
 
 
+def replays(config: Config, device: str, world_size: int) -> bool:
+    """Whether a run replays its steps: where its recipe says so, otherwise on one card alone.
+
+    Args:
+        device: "cpu" or "cuda".
+    """
+    asked = config.train.cuda_graph
+    return not _lacks(config, device) and (world_size == 1 if asked == "auto" else asked)
+
+
 def wanted(config: Config, layout: Layout) -> bool:
-    """Whether steps are replayed: where a recipe says so, otherwise on one card alone.
+    """As ``replays``, of this run.
 
     Raises:
-        RecipeError: it says so, and they cannot be.
+        RecipeError: the recipe says that it does, and it cannot.
     """
+    lacks = _lacks(config, layout.device.type)
+    if config.train.cuda_graph is True and lacks:
+        raise RecipeError(WHERE, lacks[0], "set it to auto or false")
+    return replays(config, layout.device.type, layout.world_size)
+
+
+def _lacks(config: Config, device: str) -> list[str]:
+    parallel = config.parallel
     lacks = {
-        "is for CUDA cards": layout.device.type != "cuda",
+        "is for CUDA cards": device != "cuda",
         "does not go with train.recompute, which keeps a random state on the host": (
             config.train.recompute != "none"
         ),
-        "does not go with pipeline parallelism, whose ranks wait for each other": (
-            config.parallel.pipeline > 1
-        ),
+        "does not go with pipeline parallelism, whose ranks wait for each other": parallel.pipeline > 1,
         "does not go with tensor parallelism, for which megatron sets random states in every pass": (
-            config.parallel.tensor > 1
+            parallel.tensor > 1
         ),
     }
-    found = [what for what, lacking in lacks.items() if lacking]
-    asked = config.train.cuda_graph
-    if asked is True and found:
-        raise RecipeError(WHERE, found[0], "set it to auto or false")
-    return not found and (layout.world_size == 1 if asked == "auto" else asked)
+    return [what for what, lacking in lacks.items() if lacking]
 
 
 @dataclass(frozen=True)

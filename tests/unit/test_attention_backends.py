@@ -16,7 +16,7 @@ from torch.nn.attention import flex_attention
 
 from sinkbench import plugins, recipe
 from sinkbench.api import AttentionSpec, ParameterSpec, ScoreBias
-from sinkbench.attention import flex, fused, linear, reference
+from sinkbench.attention import flash_attn, flex, fused, linear, reference
 from sinkbench.attention.backends import BACKENDS, Use, choose
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import RecipeError
@@ -393,6 +393,27 @@ CARD = Use(device="cuda", head_size=64)
 )
 def test_choice(name: str, use: Use, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "is_installed", lambda: True)
+    assert choose(declared(VARIANTS[name].attention, "none")[0], use, "auto").name == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "use", "chosen"),
+    [
+        ("softmax", CARD, "sdpa"),
+        ("softmax", replace(CARD, replayed=True), "flash"),
+        ("prefix, window, slot", replace(CARD, replayed=True), "flash"),
+        ("softmax", replace(CARD, replayed=True, deterministic=True), "triton"),
+        ("softmax", replace(CARD, replayed=True, head_size=256), "sdpa"),
+        ("softmax", replace(CARD, replayed=True, half=False), "sdpa"),
+        ("alibi", replace(CARD, replayed=True, position_bias=True), "triton"),
+    ],
+)
+def test_choice_with_flash_attention_4(
+    name: str, use: Use, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "is_installed", lambda: True)
+    monkeypatch.setattr(flash_attn, "has_four", lambda: True)
+    monkeypatch.setattr(flash_attn, "_kernel", lambda: object())
     assert choose(declared(VARIANTS[name].attention, "none")[0], use, "auto").name == chosen
 
 
