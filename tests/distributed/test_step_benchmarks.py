@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import attention, save_overhead, train_step
+from benchmarks import attention, fusion_curves, save_overhead, train_step
 from benchmarks.step_profile import Kernel, covered, kernels_of, kind_of
 from sinkbench.testing import RunDistributed
 
@@ -111,6 +111,21 @@ def test_a_row_that_fails_stops_no_other(run_distributed: RunDistributed) -> Non
     (rows,) = run_distributed(1, rank_lists)
     assert "no_such_attention" in rows[0]["problem"]
     assert [row["to_softmax"] > 0 for row in rows[1:]] == [True] * 3
+
+
+def rank_draws(rank: int, world_size: int, path: Path) -> list[dict[str, Any]]:
+    return fusion_curves.main(["--tiny", "--steps", "4", "--json", str(path), "optim.lr=1e-2"])
+
+
+def test_curves_of_fusions(run_distributed: RunDistributed, tmp_path: Path) -> None:
+    (rows,) = run_distributed(1, rank_draws, tmp_path / "rows.json")
+    assert [row["curve"] for row in rows] == list(fusion_curves.CURVES)
+    assert all(row["passed"] for row in rows)
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    apart = fusion_curves.compared("apart", [2.0, 1.1], [2.0, 1.0], 1e-2)
+    assert not apart["passed"]
+    assert apart["at_step"] == 2
+    assert apart["largest"] == pytest.approx(0.1)
 
 
 def rank_saves(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
