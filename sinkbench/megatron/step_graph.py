@@ -9,7 +9,8 @@ gradients where they lay then. Python's side of a model, a plugin's too, runs at
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -61,6 +62,17 @@ def wanted(config: Config, layout: Layout) -> bool:
     if config.train.cuda_graph is True and lacks:
         raise RecipeError(WHERE, lacks[0], "set it to auto or false")
     return replays(config, layout.device.type, layout.world_size)
+
+
+@contextmanager
+def capturable_hooks() -> Iterator[None]:
+    """Hooks of gradients that are made within run on a stream of their own: what autograd runs on the default
+    stream cannot be captured."""
+    usual, own = torch.cuda.current_stream(), torch.cuda.Stream()
+    own.wait_stream(usual)
+    with torch.cuda.stream(own):
+        yield
+    usual.wait_stream(own)
 
 
 def _lacks(config: Config, device: str) -> list[str]:

@@ -68,8 +68,7 @@ class Engine:
         self.graphs: StepGraphs | None = None
         if step_graph.wanted(config, layout):
             self.graphs = StepGraphs(self._pass, must=config.train.cuda_graph is True)
-        # A capture cannot hold what autograd runs on the default stream, as the hooks that are made here.
-        with torch.cuda.stream(torch.cuda.Stream()) if self.graphs is not None else nullcontext():
+        with step_graph.capturable_hooks() if self.graphs is not None else nullcontext():
             self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
         self.optimizer = make_optimizer(config, self.stages)
         fused = "optimizer" in fusions.chosen(config, layout.device)
