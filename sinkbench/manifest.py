@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sinkbench
+from sinkbench import packages
 from sinkbench.redaction import redact
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from sinkbench.plugins import Resolved
 
 PACKAGES = ("torch", "megatron-core", "numpy", "pluggy", "triton")
-_DISTRIBUTIONS = {"te": "transformer-engine", "apex": "apex"}
 OPTIONAL = ("transformer-engine", "flash-attn", "flash-attn-4", "flash-linear-attention", "liger-kernel")
 
 
@@ -83,15 +83,16 @@ def in_words(declared: Declarations) -> str:
             parts.append(f"{part} by {chosen[part]}")
     parts += [f"products in fp8 ({chosen['fp8']})"] if chosen["fp8"] else []
     versions = optional_packages()
-    used = {_DISTRIBUTIONS[name] for name in chosen.values() if name in _DISTRIBUTIONS}
+    used = {packages.PACKAGES[name].distribution for name in chosen.values() if name in packages.PACKAGES}
     named = [f"{name} {versions[name]}" for name in sorted(used)]
     return ", ".join(parts) + (f"; {', '.join(named)}" if named else "")
 
 
 def optional_packages() -> dict[str, str | None]:
     """Versions of those that are installed."""
-    apex = _version("apex") if _is_nvidias_apex() else None
-    return {name: _version(name) for name in OPTIONAL} | {"apex": apex}
+    apex = packages.PACKAGES["apex"]
+    version = _version(apex.distribution) if packages.is_installed(apex) else None
+    return {name: _version(name) for name in OPTIONAL} | {apex.distribution: version}
 
 
 def command_line() -> list[str]:
@@ -128,13 +129,3 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _is_nvidias_apex() -> bool:
-    """NVIDIA Apex, told from the other project of that name by what it offers."""
-    try:
-        import amp_C  # noqa: F401
-        from apex.optimizers import FusedAdam  # noqa: F401
-    except ImportError:
-        return False
-    return True

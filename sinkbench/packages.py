@@ -1,34 +1,52 @@
-"""Optional packages that a recipe asks for: whether they are here, told without importing them."""
+"""Optional packages: whether those that a recipe asks for are here, told without importing them, and modules
+that are used where they can be."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from sinkbench.config import Config
 from sinkbench.errors import HostError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Package:
     """Attributes:
+    distribution: what it is installed as.
     modules: that tell it from another project of its name.
     """
 
     name: str
+    distribution: str
     modules: tuple[str, ...]
 
 
 PACKAGES = {
-    "te": Package("transformer_engine", ("transformer_engine",)),
-    "apex": Package("NVIDIA Apex", ("apex", "amp_C")),
+    "te": Package("transformer_engine", "transformer-engine", ("transformer_engine",)),
+    "apex": Package("NVIDIA Apex", "apex", ("apex", "amp_C")),
 }
 """By what a recipe calls them."""
 
 
 def is_installed(package: Package) -> bool:
     return all(find_spec(module) is not None for module in package.modules)
+
+
+def module_if_usable(name: str) -> Any:
+    """None if the package is not installed, or, with a line in the log, not with all that it needs."""
+    try:
+        return import_module(name)
+    except (ImportError, OSError) as error:
+        if not (getattr(error, "name", None) or "").startswith(name.partition(".")[0]):
+            _log.warning("%s is installed, but cannot be used: %s", name, error)
+        return None
 
 
 def asked_for(config: Config) -> Iterator[tuple[str, str, str]]:

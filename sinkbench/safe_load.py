@@ -7,16 +7,15 @@ of and no function, and every torch.load admits tensors and plain values alone.
 
 from __future__ import annotations
 
-import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from sinkbench.environment import set_within
 from sinkbench.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -92,17 +91,8 @@ class SafeReader(FileSystemReader):
         return self._index
 
 
-@contextmanager
-def weights_only() -> Iterator[None]:
+def weights_only() -> AbstractContextManager[None]:
     """Every torch.load within loads tensors and plain values alone, whatever its caller asked for: megatron
     and torch.distributed.checkpoint ask for more than they need. For the time of loading only, since the
     setting is the whole process's."""
-    before = os.environ.get(_WEIGHTS_ONLY)
-    os.environ[_WEIGHTS_ONLY] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_WEIGHTS_ONLY]
-        else:
-            os.environ[_WEIGHTS_ONLY] = before
+    return set_within(_WEIGHTS_ONLY, "1")

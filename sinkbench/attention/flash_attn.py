@@ -9,9 +9,7 @@ Shapes: b sequence of the batch, h head, g kv head, q query, k key, d head size.
 
 from __future__ import annotations
 
-import logging
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,8 +20,7 @@ from sinkbench.attention import sdpa
 from sinkbench.attention.flash import Kernel, Scores
 from sinkbench.attention.flash_torch import Inputs, laid_out
 from sinkbench.attention.reference import Problem, scaled_and_biased
-
-_log = logging.getLogger(__name__)
+from sinkbench.packages import module_if_usable
 
 FOUR, TWO = "flash_attn.cute.interface", "flash_attn.flash_attn_interface"
 
@@ -65,13 +62,7 @@ def _kernel() -> Kernel | None:
 
 @cache
 def _module(name: str) -> Any:
-    """None if it is not installed, or not with all that it needs."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        if not (error.name or "").startswith("flash_attn"):
-            _log.warning("%s is installed, but cannot be used: %s", name, error)
-        return None
+    return module_if_usable(name)
 
 
 @cache

@@ -10,10 +10,6 @@ Shapes: b sequence of the batch, h head, g kv head, s position, d head size.
 from __future__ import annotations
 
 import inspect
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -23,9 +19,9 @@ from torch import Tensor
 from sinkbench.api import AttentionSpec, Softmax
 from sinkbench.attention import sdpa
 from sinkbench.attention.reference import Problem, scaled_and_biased
+from sinkbench.environment import set_within
 from sinkbench.errors import RecipeError
-
-_log = logging.getLogger(__name__)
+from sinkbench.packages import module_if_usable
 
 PACKAGE = "transformer_engine"
 UNFUSED = "NVTE_UNFUSED_ATTN"
@@ -77,7 +73,9 @@ def run(p: Problem) -> Tensor:
     sink = sdpa.sink_logit(p, query.new_empty((1, heads, 0), dtype=torch.float32))
     held = {} if sink is None else {"softmax_offset": sink[:, 0]}
     try:
-        with _fused_alone():
+        # The way with T x T scores is closed for the call alone: megatron, which sets the variable too,
+        # insists on its own value when it makes a model.
+        with set_within(UNFUSED, "0"):
             output_sbn: Tensor = torch.func.functional_call(attention, held, (query, key, value))
     except ValueError as error:
         if "backend" not in str(error):
@@ -87,31 +85,9 @@ def run(p: Problem) -> Tensor:
     return scaled_and_biased(p, output_sbn.unflatten(-1, (heads, size)).permute(1, 2, 0, 3))
 
 
-@contextmanager
-def _fused_alone() -> Iterator[None]:
-    """Closes the way with T x T scores for a call. Megatron, which sets the variable too, insists on its own
-    value when it makes a model."""
-    before = os.environ.get(UNFUSED)
-    os.environ[UNFUSED] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[UNFUSED]
-        else:
-            os.environ[UNFUSED] = before
-
-
 @cache
 def _module() -> Any:
-    """transformer_engine.pytorch; None if it is not installed, or not with all that it needs."""
-    try:
-        import transformer_engine.pytorch as module
-    except (ImportError, OSError) as error:
-        if not (getattr(error, "name", None) or "").startswith(PACKAGE):
-            _log.warning("%s is installed, but cannot be used: %s", PACKAGE, error)
-        return None
-    return module
+    return module_if_usable(f"{PACKAGE}.pytorch")
 
 
 @cache

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from sinkbench import packages
 from sinkbench.attention import backends, flash, flash_attn, flash_torch, reference, sdpa
 from sinkbench.attention.flash import Kernel, Scores
 from sinkbench.attention.reference import scaled_and_biased
@@ -355,7 +356,7 @@ def test_a_package_that_lacks_another(
     def fail(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named {lacking!r}", name=lacking)
 
-    monkeypatch.setattr(flash_attn, "import_module", fail)
+    monkeypatch.setattr(packages, "import_module", fail)
     with caplog.at_level(logging.WARNING):
         assert flash_attn._module.__wrapped__(flash_attn.FOUR) is None
     text = "flash_attn.cute.interface is installed, but cannot be used: No module named 'cutlass'"

@@ -222,7 +222,7 @@ def test_apex_norms_have_the_plugin_s_values(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_log_names_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manifest, "_version", {"transformer-engine": "2.11.0", "apex": "0.1"}.get)
-    monkeypatch.setattr(manifest, "_is_nvidias_apex", lambda: True)
+    monkeypatch.setattr(packages, "is_installed", lambda package: True)
 
     def words(*overrides: str) -> str:
         config = config_of("model.attention=sigmoid", *overrides)
