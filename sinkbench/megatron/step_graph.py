@@ -64,17 +64,6 @@ def wanted(config: Config, layout: Layout) -> bool:
     return replays(config, layout.device.type, layout.world_size)
 
 
-@contextmanager
-def capturable_hooks() -> Iterator[None]:
-    """Hooks of gradients that are made within run on a stream of their own: what autograd runs on the default
-    stream cannot be captured."""
-    usual, own = torch.cuda.current_stream(), torch.cuda.Stream()
-    own.wait_stream(usual)
-    with torch.cuda.stream(own):
-        yield
-    usual.wait_stream(own)
-
-
 def _lacks(config: Config, device: str) -> list[str]:
     parallel = config.parallel
     lacks = {
@@ -114,10 +103,10 @@ class StepGraphs:
         record: of the card; tests have another.
     """
 
-    def __init__(self, one: Pass, *, must: bool, record: Recorder | None = None) -> None:
+    def __init__(self, one: Pass, *, must: bool, record: Recorder) -> None:
         self._one = one
         self._must = must
-        self._record = record or CudaRecorder()
+        self._record = record
         self._steps = 0
         self._memory: _Memory | None = None
         self._graphs: dict[bool, Recorded] = {}
@@ -177,6 +166,18 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._stream = torch.cuda.Stream()
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """Hooks of gradients that are made within run on the stream of the captures: what autograd runs on
+        the default stream cannot be captured, and on a third one it would be a branch of the graph at every
+        parameter. Without branches a graph is one line of kernels, which drivers launch fastest."""
+        usual = torch.cuda.current_stream()
+        self._stream.wait_stream(usual)
+        with torch.cuda.stream(self._stream):
+            yield
+        usual.wait_stream(self._stream)
 
     def __call__(self, function: Callable[[], None]) -> Recorded:
         graph = torch.cuda.CUDAGraph()
@@ -184,7 +185,7 @@ class CudaRecorder:
         before = random.clone_state()
         try:
             # Other threads copy batches and checkpoints meanwhile.
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 function()
         except Exception:
             random.graphsafe_set_state(before)  # its own would wait for this capture's end for ever

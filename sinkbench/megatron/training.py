@@ -33,7 +33,7 @@ from sinkbench.megatron.optimizer import (
 )
 from sinkbench.megatron.parallel import Layout
 from sinkbench.megatron.sequence import local_positions
-from sinkbench.megatron.step_graph import StepGraphs
+from sinkbench.megatron.step_graph import CudaRecorder, StepGraphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,13 @@ class Engine:
         self._transformer = copy.copy(self.networks[0].config)
         self._transformer.hidden_size = self.networks[0].sent_size
         self.graphs: StepGraphs | None = None
-        if step_graph.wanted(config, layout):
-            self.graphs = StepGraphs(self._pass, must=config.train.cuda_graph is True)
-        with step_graph.capturable_hooks() if self.graphs is not None else nullcontext():
+        recorder = CudaRecorder() if step_graph.wanted(config, layout) else None
+        if recorder is not None:
+            self.graphs = StepGraphs(self._pass, must=config.train.cuda_graph is True, record=recorder)
+        with recorder.hooks() if recorder is not None else nullcontext():
             self.stages = [self._wrap(stage, index) for index, stage in enumerate(stages)]
+        for stage in self.stages:
+            stage.train()
         self.optimizer = make_optimizer(config, self.stages)
         fused = "optimizer" in fusions.chosen(config, layout.device)
         # FusedAdam's kernels, of other packages, heed no decision of the card's.
@@ -81,6 +84,7 @@ class Engine:
         self.scheduler = make_scheduler(config, self.optimizer)
         self.health = Health(config.train)
         self.copies = HostCopies(layout.device)
+        self._numbers = _ToHost(5, layout.device)
         transformer = self._transformer
         transformer.finalize_model_grads_func = self._finalize_gradients
         transformer.grad_scale_func = self.optimizer.scale_loss
@@ -120,28 +124,36 @@ class Engine:
             wants_stop: whether this rank asks the run to stop; asked once its gradients are under way.
             meanwhile: called once all of the step's work is given to the device, before its numbers are read.
         """
-        for stage in self.stages:
-            stage.train()
+        self._set_training(True)
         self._zero_gradients()
-        self.optimizer.zero_grad()
         reports = self._gradients(micro_batches)
         totals = self._totals(reports, stop=wants_stop())
         acceptable = self.health.acceptable(totals[0])
         self.copies.hold_back()
         assert self._tokens is not None
         grad_norm, updated = update(self.optimizer, acceptable, self._tokens, fused=self._fused_update)
+        self._numbers.send(torch.hstack([totals, grad_norm, updated]))
         self.scheduler.step(1)
         meanwhile()
         # The only time in a step that the host waits for the device.
-        numbers = torch.cat([totals, torch.stack([grad_norm, updated]).to(totals)]).tolist()
-        loss, tokens, votes, norm, was_updated = numbers
+        loss, tokens, votes, norm, was_updated = self._numbers.receive()
         return StepResult(
             loss=loss, tokens=int(tokens), grad_norm=norm, updated=was_updated > 0, stop=votes > 0
         )
 
+    def _set_training(self, training: bool) -> None:
+        """Of all modules, if they are not: they are hundreds, and the device waits for a step to begin."""
+        for stage, network in zip(self.stages, self.networks, strict=True):
+            if network.training != training:
+                stage.train(training)
+
     def _zero_gradients(self) -> None:
+        """Those in megatron's buffers. Of the optimizer's ``zero_grad`` nothing is left to do: its own are
+        taken from the buffers anew in every step."""
         for stage in self.stages:
             stage.zero_grad_buffer()
+            for parameter in stage.params_with_grad:
+                parameter.grad = None
 
     def _gradients(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
         """Adds up and reduces those of a step; what the last stage reports."""
@@ -185,16 +197,14 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
         """Mean token loss over the micro-batches of all data-parallel ranks, and their tokens."""
-        for stage in self.stages:
-            stage.eval()
+        self._set_training(False)
         loss, tokens, _ = self._totals(self._run(micro_batches, forward_only=True)).tolist()
         return loss, int(tokens)
 
     @torch.no_grad()
     def forward(self, micro_batches: Sequence[Batch]) -> None:
         """Runs the forward pass, without the output projection, for what hooks on the modules see."""
-        for stage in self.stages:
-            stage.eval()
+        self._set_training(False)
         self._run(micro_batches, forward_only=True, forward_step=_forward_without_loss)
 
     def _run(
@@ -221,13 +231,34 @@ class Engine:
         """Mean loss and tokens over all micro-batches, and how many ranks ask to stop, float64 [3], on all
         ranks: one sum over the job, to which the last pipeline stage brings the losses, each once."""
         groups = self.layout.groups
-        total = torch.zeros(3, dtype=torch.float64, device=self.layout.device)
-        if groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0:
-            total[:2] = sum(reports[1:], reports[0])
-        total[2] = float(stop)
+        total = torch.full((3,), float(stop), dtype=torch.float64, device=self.layout.device)
+        brings = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
+        total[:2] = sum(reports[1:], reports[0]) if brings else 0.0
         dist.all_reduce(total)
         total[0] /= total[1].clamp(min=1)
         return total
+
+
+class _ToHost:
+    """A few numbers on their way from the device. The host waits for them alone, and not for what the device
+    was given after them."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        cuda = device.type == "cuda"
+        self._sent = torch.cuda.Event() if cuda else None
+        self._numbers = torch.empty(count, dtype=torch.float64, pin_memory=cuda)
+
+    def send(self, numbers: Tensor) -> None:
+        """Float64; those of the time before have been received."""
+        self._numbers.copy_(numbers, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
+
+    def receive(self) -> list[float]:
+        if self._sent is not None:
+            self._sent.synchronize()
+        numbers: list[float] = self._numbers.tolist()
+        return numbers
 
 
 def _forward_step(iterator: Any, stage: Any) -> tuple[Tensor, Any]:

@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 
 from benchmarks import attention, fusion_curves, save_overhead, train_step
-from benchmarks.step_profile import Kernel, covered, kernels_of, kind_of
+from benchmarks.step_profile import (
+    EDGE,
+    LISTED_GAPS,
+    MARK,
+    Gap,
+    Kernel,
+    _one_step,
+    covered,
+    gaps_between,
+    kernels_of,
+    kind_of,
+    summary_of_gaps,
+)
 from sinkbench.testing import RunDistributed
 
 pytestmark = pytest.mark.full
@@ -74,6 +86,47 @@ def test_only_what_occupies_the_card_counts_and_once() -> None:
     kernels = kernels_of(trace)
     assert kernels == [Kernel("a", 1.0, 4.0), Kernel("b", 2.0, 3.0), Kernel("c", 6.0, 6.5)]
     assert covered(kernels) == pytest.approx(3.5)
+
+
+def test_gaps_are_when_no_stream_has_a_kernel() -> None:
+    kernels = [
+        Kernel("short", 2.0, 2.5),  # within another stream's
+        Kernel("long", 1.0, 4.0),
+        Kernel("at once", 4.0, 5.0),
+        Kernel("late", 5.25, 6.0),
+        Kernel("later", 8.0, 9.0),
+    ]
+    assert gaps_between(kernels) == [Gap(5.0, 0.25, "at once", "late"), Gap(6.0, 2.0, "late", "later")]
+    assert covered(kernels) + 2.25 == 8.0
+
+
+def test_gaps_by_size() -> None:
+    gaps = [
+        Gap(10 + n, ms, f"before {n}", "after") for n, ms in enumerate((0.001, 0.0015, 0.002, 0.05, 0.1, 3))
+    ]
+    summary = summary_of_gaps(gaps, 9.0)
+    sizes = summary["sizes"]
+    counts = {"below 2 us": 2, "below 10 us": 1, "below 100 us": 1, "longer": 2}
+    assert {name: size["count"] for name, size in sizes.items()} == counts
+    assert [size["ms"] for size in sizes.values()] == pytest.approx([0.0025, 0.002, 0.05, 3.1])
+    assert summary["total_ms"] == pytest.approx(3.1545)
+    assert summary["longest"][0] == {"ms": 3, "at_ms": 6.0, "before": "before 5", "after": "after"}
+    assert [gap["ms"] for gap in summary["longest"]] == [3, 0.1, 0.05, 0.002, 0.0015, 0.001]
+    many = summary_of_gaps([Gap(n, 1.0, "", "") for n in range(LISTED_GAPS + 5)], 0.0)
+    assert len(many["longest"]) == LISTED_GAPS
+
+
+def test_a_step_is_between_two_marks() -> None:
+    mark = f"at::cuda::(anonymous namespace)::{MARK}(long)"
+    marks = [Kernel(mark, 2.0, 2.25), Kernel(mark, 8.0, 8.25)]
+    kernels = [Kernel("before", 1.0, 2.0), *marks, Kernel("first", 3.0, 5.0), Kernel("last", 5.0, 7.5)]
+    found, start, end = _one_step(kernels)
+    assert ([kernel.name for kernel in found], start, end) == (["first", "last"], 2.25, 8.0)
+    gaps = gaps_between([Kernel(EDGE, start, start), *found, Kernel(EDGE, end, end)])
+    assert gaps == [Gap(2.25, 0.75, EDGE, "first"), Gap(7.5, 0.5, "last", EDGE)]
+    assert covered(found) + sum(gap.ms for gap in gaps) == end - start
+    with pytest.raises(ValueError, match="1 kernels named spin_kernel"):
+        _one_step(marks[:1])
 
 
 def rank_scales(rank: int, world_size: int, layout: str, path: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sinkbench.api import Batch, BuildContext, LossSpec, Params, Plugin
 from sinkbench.testing import RunDistributed
 from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train
 from tests.distributed.test_layouts import MODELS
+from tests.distributed.test_saving import ENGINE, an_engine, batch_of
 
 BRIEF = ("train.steps=8", "measure.every=0")
 
@@ -207,3 +209,34 @@ def test_initial_weights_follow_the_seed(
 def test_learned_bias_starts_at_minus_log_n(initial: dict[str, dict[str, torch.Tensor]]) -> None:
     bias = initial["mixed"]["decoder.layers.attention.core.score_bias"]
     torch.testing.assert_close(bias, torch.full((4, 4), -torch.tensor(64.0).log().item()))
+
+
+def nothing(_: Any) -> None:
+    """Comes between two steps."""
+
+
+def disturb(engine: Any) -> None:
+    """What a step must not see of what came before it."""
+    engine.evaluate([batch_of(engine, 9)])
+    (network,) = engine.networks
+    assert not any(module.training for module in network.modules())
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+def norms(between: Callable[[Any], None]) -> list[float]:
+    found = []
+    with an_engine([*ENGINE, "model.megatron={hidden_dropout: 0.1}"]) as engine:
+        for number in range(3):
+            between(engine)
+            found.append(engine.train_step([batch_of(engine, number)]).grad_norm)
+            assert all(module.training for module in engine.networks[0].modules())
+    return found
+
+
+def rank_is_disturbed(rank: int, world_size: int) -> None:
+    assert norms(disturb) == norms(nothing)
+
+
+def test_a_step_begins_alike_after_anything(run_distributed: RunDistributed) -> None:
+    run_distributed(1, rank_is_disturbed)
