@@ -8,12 +8,15 @@ Shapes: s position, b sequence, g kv head, h head, d head size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from sinkbench.attention import fused
 from sinkbench.attention.reference import rotate
 from sinkbench.megatron.fusions import compiled
 
@@ -50,7 +53,7 @@ def split_and_rotate(
     """``HeadLayout.split`` with rotated queries and keys.
 
     Args:
-        cos, sin: of the positions, [s, 1, 1, r/2].
+        cos, sin: of the positions, float32 [s, 1, 1, r/2].
     """
     result: tuple[Tensor, Tensor, Tensor] = _SplitAndRotate.apply(  # type: ignore[no-untyped-call]
         mixed_sbw, cos, sin, heads
@@ -65,14 +68,24 @@ class _SplitAndRotate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads
-        query, key = compiled(rotated)(mixed, cos, sin, heads)
+        query, key = _fused(mixed)[0](mixed, cos, sin, heads)
         return query, key, heads.split(mixed)[2]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = grads
         cos, sin = ctx.saved_tensors
-        return compiled(rotated_back)(query, key, value, cos, sin, ctx.heads), None, None, None
+        return _fused(query)[1](query, key, value, cos, sin, ctx.heads), None, None, None
+
+
+def _fused(example: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The two functions below, where the example is: as kernels of Triton on a card, else compiled."""
+    if example.is_cuda and fused.is_installed():
+        from sinkbench.megatron import triton_rotation
+
+        return triton_rotation.rotated, triton_rotation.rotated_back
+    return compiled(rotated), compiled(rotated_back)
 
 
 def rotated(mixed: Tensor, cos: Tensor, sin: Tensor, heads: HeadLayout) -> tuple[Tensor, Tensor]:
