@@ -7,6 +7,7 @@ Shapes: b sequence of the batch, h head, q query, k key, d head size.
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -55,17 +56,21 @@ class WeightSums:
             prefix=p.prefix,
             **fused.position(p),
         )
-        first, absolute = self._scores.row_sums()
+        total, absolute = self._scores.row_sums()
         slot = _score_of_slot(p)
+        self._scale = scale = p.spec.output_scale
+        self._softmax = absolute is None
         if absolute is None:
-            self._shift, row, slot = _softmax_rows(p, first, slot)
-            factor, absolute = torch.ones_like(row), row
+            total, row, slot = _softmax_rows(p, total, slot)
+            factor, absolute = total, row
         else:
-            self._shift = first
-            factor, row, absolute, slot = _elementwise_rows(p, first, absolute, slot)
-        scale = p.spec.output_scale
-        self._factor, self._absolute = scale * factor, abs(scale) * absolute
-        self.row_bhq = scale * row[..., leading:]
+            factor, row, absolute, slot = _elementwise_rows(p, total, absolute, slot)
+        self._factor = factor  # of softmax, what all scores are shifted by
+        self._absolute = absolute  # None where all are 1
+        if row is None:
+            self.row_bhq = torch.full_like(total[..., leading:], scale)
+        else:
+            self.row_bhq = scale * row[..., leading:]
         self.slot_bhq = None if slot is None else scale * slot
         if leading:
             self.slot_bhq = self._weight_of_first(p)[..., leading:]
@@ -73,10 +78,23 @@ class WeightSums:
     def keys(self, count: int, proxy_eps: float) -> tuple[Tensor, Tensor]:
         """Of each of the first ``count`` keys, summed over the queries from it on, [b, h, k]: the weight A,
         and |A| / (sum of the row's |A| + proxy_eps)."""
-        raw = self._factor.clone()
-        raw[..., : self._leading] = 0.0
-        proxy = raw.abs() / (self._absolute + proxy_eps)
-        return self._scores.column_sums(self._shift, raw, proxy, count, self._leading)
+        scale, size = self._scale, abs(self._scale)
+        if self._softmax:
+            # A row without weights, whose logarithm is -inf, is as one that does not count.
+            raw = torch.nan_to_num(-self._factor, nan=math.nan, posinf=-math.inf, neginf=-math.inf)
+            raw[..., : self._leading] = -math.inf
+        else:
+            raw = self._factor.clone()
+            raw[..., : self._leading] = 0.0
+        proxy = None
+        if self._absolute is not None:
+            proxy = size / (size * self._absolute + proxy_eps)
+            if not self._softmax:
+                proxy = proxy * raw.abs()
+        of_keys, proxy_of_keys = self._scores.column_sums(raw, proxy, count, self._leading)
+        if proxy_of_keys is None:
+            proxy_of_keys = of_keys * (size / (size + proxy_eps))
+        return scale * of_keys, proxy_of_keys
 
     def _weight_of_first(self, p: Problem) -> Tensor:
         """Of the key at position 0, [b, h, q]."""
@@ -85,9 +103,12 @@ class WeightSums:
             distance = p.position_q[:, None]
             score = score + p.position_bias.function(distance, p.heads, p.position_parameters)[..., 0]
         rule = p.spec.rule
-        value = rule.function(score) if isinstance(rule, Elementwise) else (score - self._shift).exp()
+        if isinstance(rule, Elementwise):
+            weight = self._factor * rule.function(score)
+        else:
+            weight = (score - self._factor).exp()
         seen = allowed_qk(p.position_q, p.position_k[:1], p.spec.window, p.prefix)[:, 0]
-        return self._factor * value * seen
+        return self._scale * weight * seen
 
 
 def _function(p: Problem) -> Any:
@@ -112,12 +133,14 @@ def _score_of_slot(p: Problem) -> Tensor | None:
     return None if slot is None else _score_of(p, per_kv_head(p, p.parameters[slot.key]))
 
 
-def _softmax_rows(p: Problem, lse: Tensor, slot: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What all scores are shifted by, the sums of rows, and the weight of the slot."""
+def _softmax_rows(
+    p: Problem, lse: Tensor, slot: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What all scores are shifted by, the sums of rows, None where all are 1, and the weight of the slot."""
     assert isinstance(p.spec.rule, Softmax)
     total = lse if slot is None else torch.logaddexp(lse, slot)
     sink = parameter_or_constant(p, p.spec.rule.sink_logit, lse)
-    row = torch.ones_like(total)
+    row = None
     if sink is not None:
         keys, total = total, torch.logaddexp(total, sink[..., 0])
         row = (keys - total).exp()

@@ -21,6 +21,8 @@ from sinkbench.api import Elementwise, ExtraSlot, ParameterSpec, ScoreBias, Soft
 from sinkbench.attention import reference  # noqa: E402
 from sinkbench.attention.importance import WeightSums  # noqa: E402
 from sinkbench.attention.reference import Problem  # noqa: E402
+from sinkbench.attention.tiles import Tiles  # noqa: E402
+from sinkbench.attention.triton_importance import Scores  # noqa: E402
 from tests.unit.test_triton_masks import ELU, HEADS, IDENTITY, SIGMOID, SLOPE, TABLE, make_problem  # noqa: E402
 
 PROXY_EPS = 1e-8
@@ -122,3 +124,35 @@ def test_extreme_scores(score: float, tolerance: float) -> None:
         p = problem(rule, 40)
         level = torch.full((HEADS,), score, device=p.query_bhqd.device)
         assert_as_reference(replace(p, parameters={"bias": level}), 40, tolerance=tolerance)
+
+
+def test_first_key_far_above_the_rest() -> None:
+    """Its score is 2^288 times as likely as a row's own, more than float32 holds."""
+    p = problem(Softmax(), 100)
+    query, key = p.query_bhqd.clone() / 8, p.key_bgkd.clone() / 8
+    query[..., 0], key[..., 0], key[:, :, 0, 0] = 10.0, 0.0, 20.0 / p.scale
+    p = replace(p, query_bhqd=query, key_bgkd=key)
+    weights, _ = reference.weights(p)
+    assert weights[:, :, 1:, 1:].max() == 0.0
+    assert_as_reference(p, 100, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("tiles", [None, Tiles(64, 128, 4, 2)], ids=["default", "given"])
+def test_half_precision(tiles: Tiles | None) -> None:
+    """In larger blocks, of few columns and of an odd number."""
+    p = problem(Softmax(), 200)
+    exact, rounded = Scores(**_scores(p)), Scores(**_scores(p, torch.float16))
+    total, _ = exact.row_sums()
+    assert (rounded.row_sums(tiles)[0] - total).abs().max() < 1e-2
+    for columns, offset in ((40, 0), (199, 1)):
+        wanted = exact.column_sums(-total, total.exp(), columns, offset)
+        for a, b in zip(
+            rounded.column_sums(-total, total.exp(), columns, offset, tiles), wanted, strict=True
+        ):
+            assert a is not None
+            assert b is not None
+            assert ((a - b) / b).abs().max() < 1e-2
+
+
+def _scores(p: Problem, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return {"query_bhtd": p.query_bhqd.to(dtype), "key_bgtd": p.key_bgkd.to(dtype), "scale": p.scale}
