@@ -27,6 +27,7 @@ from sinkbench.megatron.initialise import seeded
 from sinkbench.megatron.layer import LayerParts, Read, layer_specs, make_norm, read_ahead
 from sinkbench.megatron.sequence import local_positions
 from sinkbench.megatron.vocabulary_loss import Setting, token_losses
+from sinkbench.megatron.word_embeddings import WordEmbeddings
 
 
 class Embedding(MegatronModule):  # type: ignore[misc]
@@ -38,6 +39,7 @@ class Embedding(MegatronModule):  # type: ignore[misc]
         vocab_size: int,
         positional: PositionalSpec,
         sink_token: bool,
+        tied: bool,
         seed: int,
         pg_collection: ProcessGroupCollection,
     ) -> None:
@@ -49,13 +51,16 @@ class Embedding(MegatronModule):  # type: ignore[misc]
             )
             self.sink_token = torch.nn.Parameter(data)
         self.tp_group = pg_collection.tp
-        self.word_embeddings = tensor_parallel.VocabParallelEmbedding(
+        self.word_embeddings = WordEmbeddings(
             vocab_size,
             config.hidden_size,
             init_method=config.init_method,
             reduce_scatter_embeddings=config.sequence_parallel,
             config=config,
             tp_group=pg_collection.tp,
+            adds_gradients=(
+                config.gradient_accumulation_fusion and not config.deterministic_mode and not tied
+            ),
         )
         self.position_embeddings: torch.nn.Module | None = None
         if positional.embedding is not None:
@@ -69,8 +74,6 @@ class Embedding(MegatronModule):  # type: ignore[misc]
         """Returns [s, b, n], a sink token in front if the model has one; under sequence parallelism
         this rank's share of s."""
         words: Tensor = self.word_embeddings(tokens_bs)
-        if not self.config.sequence_parallel:
-            words = words.transpose(0, 1).contiguous()
         if self.sink_token is not None:
             words = torch.cat([self.sink_token.expand(1, *words.shape[1:]), words])
         if self.position_embeddings is not None:
@@ -140,7 +143,9 @@ class Network(LanguageModule):  # type: ignore[misc]
         self.carried = FirstValue(config) if carries and config.pipeline_model_parallel_size > 1 else None
         self._first_value: Tensor | None = None
         if pre_process:
-            self.embedding = Embedding(config, vocab_size, positional, sink_token, seed, pg_collection)
+            self.embedding = Embedding(
+                config, vocab_size, positional, sink_token, tie_embeddings, seed, pg_collection
+            )
         count = get_num_layers_to_build(config, vp_stage, pg_collection.pp.rank())
         self.decoder = TransformerBlock(
             config,

@@ -55,11 +55,16 @@ def _adds_to_wide_sums() -> bool:
 
 
 def accumulate(weight: torch.nn.Parameter, gradient: Tensor, factor: Tensor) -> Tensor:
-    """Adds the gradient times a factor to the weight's buffer.
-
-    Returns:
-        What autograd takes for the gradient and megatron's hooks then pass over; its numbers mean nothing.
-    """
+    """Adds the gradient times a factor to the weight's buffer; see ``added`` for what it returns."""
     weight.main_grad.addcmul_(gradient, factor)  # type: ignore[attr-defined]
+    return added(weight)
+
+
+def added(weight: torch.nn.Parameter) -> Tensor:
+    """
+    Returns:
+        For a weight whose gradient is in its buffer, what autograd takes for it and megatron's hooks then
+        pass over; its numbers mean nothing.
+    """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.empty_like(weight)
