@@ -19,6 +19,7 @@ from sinkbench.attention.triton_blocks import (
     query_range,
     rows_of,
     scores,
+    store_by_distance,
     visible,
 )
 
@@ -224,12 +225,12 @@ def backward_keys(
 
 @triton.jit
 def _backward_queries_block(
-    at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-    first, second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
+    at, row, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr, steps,
+    stride_kt, stride_vt, first, second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
-    POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr,
-    MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    POSITION: tl.constexpr, TABLE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
+    DOCUMENTS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
     k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
@@ -256,6 +257,8 @@ def _backward_queries_block(
     if NORMALIZE:
         dp -= delta[:, None]
     ds = ds * dp
+    if TABLE_GRADIENT:
+        store_by_distance(dtable_ptr, ds, row - at, steps, BLOCK_Q, BLOCK_K)
     ds = ds.to(q0.dtype)
     dq0 = dot(ds, k0, dq0, PRECISION)
     if D1 > 1:
@@ -266,15 +269,18 @@ def _backward_queries_block(
 @triton.jit
 def backward_queries(
     q_ptr, k_ptr, v_ptr, do_ptr, dq_ptr, delta_ptr, lse_ptr, bias_ptr, position_ptr, documents_ptr,
+    dtable_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dqb, stride_dqh, stride_dqt,
-    heads, group, length, scale, window, prefix, ahead, count, constant_from,
+    heads, group, length, scale, window, prefix, ahead, count, constant_from, steps,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
-    POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    POSITION: tl.constexpr, TABLE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
+    DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    """Gradients of one block of queries. TABLE_GRADIENT: also the sums of dS by distance, of each block of
+    keys nearer than where the table ends; see ``store_by_distance``."""
     block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
     head = pair % heads
     batch = (pair // heads).to(tl.int64)
@@ -286,6 +292,9 @@ def backward_queries(
     position_ptr += head.to(tl.int64) * count
     documents_ptr += rows_of(2 * batch, length)
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    if TABLE_GRADIENT:
+        program = pair.to(tl.int64) * tl.num_programs(0) + block
+        dtable_ptr += program * steps * (BLOCK_Q + BLOCK_K)
     since = load_documents(documents_ptr, rows, DOCUMENTS)
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
@@ -311,33 +320,33 @@ def backward_queries(
     if DOCUMENTS and not WINDOW:
         for at in range(start, seen_by_all, BLOCK_K):
             dq0, dq1 = _backward_queries_block(
-                at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-                first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key,
-                ahead, F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE,
-                UNIT, D1, BLOCK_K)  # fmt: skip
+                at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr,
+                steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key,
+                ahead, F, DF, NORMALIZE, BIAS, POSITION, TABLE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE,
+                UNIT, D1, BLOCK_Q, BLOCK_K)  # fmt: skip
         start = seen_by_all
     if POSITION == 2 and not WINDOW:
         near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(start, near, BLOCK_K):
             dq0, dq1 = _backward_queries_block(
-                at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-                first, second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key,
-                ahead, F, DF, NORMALIZE, True, 0, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
-                D1, BLOCK_K)  # fmt: skip
+                at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr,
+                steps, stride_kt, stride_vt, first, second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key,
+                ahead, F, DF, NORMALIZE, True, 0, False, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
+                D1, BLOCK_Q, BLOCK_K)  # fmt: skip
         start = near
     for at in range(start, unmasked, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
-            at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-            first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
-            D1, BLOCK_K)  # fmt: skip
+            at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr,
+            steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
+            F, DF, NORMALIZE, BIAS, POSITION, TABLE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
+            D1, BLOCK_Q, BLOCK_K)  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
-            at, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, stride_kt, stride_vt,
-            first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT,
-            D1, BLOCK_K)  # fmt: skip
+            at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr,
+            steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
+            F, DF, NORMALIZE, BIAS, POSITION, TABLE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT,
+            D1, BLOCK_Q, BLOCK_K)  # fmt: skip
     dq_rows = dq_ptr + at_rows(rows, stride_dqt, WIDE)
     tl.store(dq_rows + first[None, :], (dq0 * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
     if D1 > 1:

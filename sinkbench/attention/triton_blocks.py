@@ -233,3 +233,27 @@ def far_queries(block, masked_end, end, constant_from, BLOCK_Q: tl.constexpr, BL
     """Of the queries that see all keys of a block, the first so far that the bias is constant."""
     first = tl.maximum((block + 1) * BLOCK_K + constant_from - 1, 0)
     return tl.minimum(end, tl.maximum(masked_end, tl.cdiv(first, BLOCK_Q) * BLOCK_Q))
+
+
+@triton.jit
+def store_by_distance(target, values, behind, steps, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Sums of a block's values at each distance of query and key, without atomics.
+
+    With the rows turned by as many places as they lie down the block, a column c holds the distances that are
+    c modulo BLOCK_K, in BLOCK_Q / BLOCK_K + 1 runs of rows, each of one distance.
+
+    Args:
+        target: [steps, BLOCK_Q / BLOCK_K + 1, BLOCK_K] of a block of queries. The sum at (n, r, c) is of the
+            distance (n + r - BLOCK_Q / BLOCK_K) BLOCK_K + c.
+        behind: of the block's first query, the distance of its first key, a multiple of BLOCK_K.
+        steps: what is so far that it has no place is left out.
+    """
+    tl.static_assert(BLOCK_Q % BLOCK_K == 0)
+    step = behind // BLOCK_K + BLOCK_Q // BLOCK_K - 1
+    column = tl.arange(0, BLOCK_K)
+    distance = tl.arange(0, BLOCK_Q)[:, None] - column[None, :]
+    turned = tl.gather(values, distance & (BLOCK_K - 1), 1)
+    for run in tl.static_range(BLOCK_Q // BLOCK_K + 1):
+        of_run = (distance >= (run - 1) * BLOCK_K) & (distance < run * BLOCK_K)
+        total = tl.sum(tl.where(of_run, turned, 0.0), 0)
+        tl.store(target + step * (BLOCK_Q + BLOCK_K) + run * BLOCK_K + column, total, mask=step < steps)

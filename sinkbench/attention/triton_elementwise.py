@@ -35,7 +35,7 @@ from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_backward import backward_keys, backward_queries, divide_gradient
 from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE, itself, power_of_two
 from sinkbench.attention.triton_forward import forward
-from sinkbench.attention.triton_table import along_diagonals, table_gradient
+from sinkbench.attention.triton_table import along_diagonals, of_distances, table_gradient
 from sinkbench.attention.triton_tensors import (
     bounds,
     by_position,
@@ -48,6 +48,9 @@ from sinkbench.attention.triton_tensors import (
 NORMALIZERS: dict[bool | str, int] = {False: 0, True: 1, "abs": 2}
 SOFTMAX = 3
 """In the place of a normaliser."""
+NEAR = 512
+"""A table that ends so early has its gradient made in the kernel for queries, which then makes the products
+that it needs only once; for a longer one that would take more memory than the inputs."""
 TABLE_PROGRAMS = 264
 """Of the gradient of a table: two for each multiprocessor of an H100, which is what fits."""
 
@@ -112,13 +115,16 @@ class _Attention(torch.autograd.Function):
         if s.normalize:
             grad, *by_row = call.divided_gradient(grad, out, of_rows)
         dk, dv, db, dslope = call.gradients_of_keys(grad, by_row, ctx.needs_input_grad[4])
-        dq = call.gradient_of_queries(grad, by_row)
+        dq, dtable = call.gradient_of_queries(grad, by_row, ctx.needs_input_grad[4])
         if q.shape[1] != k.shape[1]:
             dk, dv = (x.unflatten(1, (k.shape[1], -1)).sum(2) for x in (dk, dv))
         dbias = None if bias is None else db.sum((0, 2)).to(bias.dtype)
         dposition = None
         if ctx.needs_input_grad[4]:
-            dposition = dslope.sum((0, 2)) if s.position == SLOPE else call.gradient_of_table(grad, by_row)
+            if s.position == SLOPE:
+                dposition = dslope.sum((0, 2))
+            else:
+                dposition = call.gradient_of_table(grad, by_row) if dtable is None else dtable
             if call.table_ends:
                 # All of dS, which a softmax's weights leave in the log-sum-exp alone, less that of the rest.
                 dposition[:, -1] = -dposition[:, :-1].sum(1)
@@ -228,22 +234,34 @@ class _Call:
             dslope = dslope.flatten()[: batch * heads * blocks].view(batch, heads, blocks)
         return dk, dv, db, dslope
 
-    def gradient_of_queries(self, grad: Tensor, by_row: Sequence[Tensor]) -> Tensor:
+    def gradient_of_queries(
+        self, grad: Tensor, by_row: Sequence[Tensor], position: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """dQ, and, if it is wanted and cheaper so, the gradient of a table."""
         q, k, v, s = self.q, self.k, self.v, self.s
-        batch, heads, length, _ = q.shape
+        batch, heads, length, d = q.shape
         dq = by_position(q)
+        of_table = position and self.table_ends and not s.prefix and self.last <= NEAR and d <= 128
+        dtable = self.rows
 
         def launch(chosen: Tiles) -> None:
-            backward_queries[(triton.cdiv(length, chosen.block_q), batch * heads)](
-                q, k, v, grad, dq, *by_row, self.bias, self.position, self.documents,
+            nonlocal dtable
+            blocks, steps = triton.cdiv(length, chosen.block_q), 0
+            if of_table:
+                runs = chosen.block_q // chosen.block_k + 1
+                steps = triton.cdiv(self.last, chosen.block_k) + runs
+                # A query near the beginning has no keys so far behind.
+                dtable = self.rows.new_zeros(batch, heads, blocks, steps, runs, chosen.block_k)
+            backward_queries[(blocks, batch * heads)](
+                q, k, v, grad, dq, *by_row, self.bias, self.position, self.documents, dtable,
                 *self.strides, *grad.stride()[:3], *dq.stride()[:3],
-                heads, self.group, length, s.scale, *self.mask,
-                F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad, dq),
+                heads, self.group, length, s.scale, *self.mask, steps,
+                F=s.function, DF=s.derivative, TABLE_GRADIENT=of_table, WIDE=is_wide(q, k, v, grad, dq),
                 **self.switches, **chosen.options(),
             )  # fmt: skip
 
         launch(self.tiles("queries", launch))
-        return dq
+        return dq, of_distances(dtable.sum((0, 2)), self.last + 1) if of_table else None
 
     def gradient_of_table(self, grad: Tensor, by_row: Sequence[Tensor]) -> Tensor:
         q, k, v, s = self.q, self.k, self.v, self.s

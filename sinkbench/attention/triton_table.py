@@ -2,7 +2,8 @@
 
 Blocks of scores at the same distance, along a diagonal of blocks, hold the same distances at the same places.
 So one program sums dS over such a diagonal, without atomics, and what is left, a block for each diagonal, is
-summed along its own diagonals in torch: memory grows with the length, and no sum depends on an order.
+summed along its own diagonals in torch: memory grows with the length, and no sum depends on an order. Where
+the table ends near, the kernel for queries has these sums of the few blocks that need them.
 """
 
 from __future__ import annotations
@@ -96,3 +97,12 @@ def along_diagonals(blocks_hnrc: Tensor, first_diagonal: int, ahead: int, count:
     low, high = max(nearest, -ahead), min(nearest + flat.shape[1], count - ahead)
     out[:, low + ahead : high + ahead] = flat[:, low - nearest : high - nearest]
     return out
+
+
+def of_distances(sums_hnrc: Tensor, count: int) -> Tensor:
+    """The sums of ``triton_blocks.store_by_distance`` at the distances from 0 on, [h, count]."""
+    heads, steps, runs, size = sums_hnrc.shape
+    total = sums_hnrc.new_zeros(heads, steps + runs - 1, size)
+    for run in range(runs):
+        total[:, run : run + steps] += sums_hnrc[:, :, run]
+    return total.flatten(1)[:, (runs - 1) * size :][:, :count]
