@@ -14,7 +14,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from sinkbench.config import Config
-from sinkbench.megatron import fused_adam
+from sinkbench.megatron import fused_adam, fusions
+from sinkbench.megatron.fused_adam import KernelUpdate, Place
 from sinkbench.megatron.settings import optimizer_config
 
 
@@ -28,7 +29,30 @@ def make_optimizer(config: Config, stages: list[Any]) -> ChainedOptimizer:
         give_moments(optimizer)
         for part in distributed_optimizers(optimizer):
             part.optimizer.step = fused_adam.FusedUpdate(part.optimizer, config.optim.implementation)
+        return optimizer
+    device = next(stages[0].parameters()).device
+    if "optimizer" in fusions.chosen(config, device) and fused_adam.has_kernel(device):
+        give_moments(optimizer)
+        for part in distributed_optimizers(optimizer):
+            part.optimizer.step = KernelUpdate(part.optimizer, _places(part))
+            part._copy_model_grads_to_main_grads = _nothing
     return optimizer
+
+
+def _places(part: DistributedOptimizer) -> dict[Tensor, Place]:
+    """megatron leaves out of the gradient's norm what another rank counts: copies of a parameter."""
+    part._copy_model_grads_to_main_grads()
+    counted = {gradient.data_ptr() for gradient in part.get_main_grads_for_grad_norm()}
+    places = {}
+    for main, model in _pairs(part):
+        assert main.grad is not None
+        places[main] = Place(gradient=main.grad, model=model, counts=main.grad.data_ptr() in counted)
+    part.zero_grad()
+    return places
+
+
+def _nothing() -> None:
+    """The kernel reads gradients where they are."""
 
 
 def make_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
@@ -83,7 +107,8 @@ def update(
     if not fused and not bool(accepted):
         return norm, accepted
     for part in parts:
-        _choose(part, fused)
+        if not isinstance(part.optimizer.step, KernelUpdate):
+            _choose(part, fused)
         if fused:
             _prepare_fused(part, norm, divisor, accepted)
         elif part.config.clip_grad > 0:
@@ -103,8 +128,9 @@ def _gradient_norm(parts: list[DistributedOptimizer]) -> Tensor:
     """Of the whole model, float32. megatron's own, without Apex, reads every parameter's to the host."""
     squares = torch.zeros((), dtype=torch.float32, device=torch.cuda.current_device())
     for part in parts:
-        gradients = part.get_main_grads_for_grad_norm()
-        if gradients:
+        if isinstance(part.optimizer.step, KernelUpdate):
+            squares += part.optimizer.step.squares()
+        elif gradients := part.get_main_grads_for_grad_norm():
             squares += torch.stack(torch._foreach_norm(gradients)).square().sum()
     dist.all_reduce(squares)  # each rank has its own shards of its own part of the model
     return squares.sqrt()
@@ -133,20 +159,25 @@ def copy_together(optimizer: ChainedOptimizer) -> None:
     """Lets the model's parameters be copied from the main ones in a few kernels, where megatron takes one
     for each parameter."""
     for part in distributed_optimizers(optimizer):
-        pairs = [
-            (main, _place_in_model(part, parameter))
-            for mains, parameters in (
-                (part.shard_fp32_from_float16_groups, part.model_float16_groups),
-                (part.shard_fp32_groups, part.model_fp32_groups),
-            )
-            for main_group, group in zip(mains, parameters, strict=True)
-            for main, parameter in zip(main_group, group, strict=True)
-        ]
-        part._copy_main_params_to_model_params = partial(_copy, pairs)
+        part._copy_main_params_to_model_params = partial(_copy, _pairs(part), part.optimizer.step)
 
 
-def _copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
-    if pairs:
+def _pairs(part: DistributedOptimizer) -> list[tuple[Tensor, Tensor]]:
+    """Main parameters and their places in the model."""
+    return [
+        (main, _place_in_model(part, parameter))
+        for mains, parameters in (
+            (part.shard_fp32_from_float16_groups, part.model_float16_groups),
+            (part.shard_fp32_groups, part.model_fp32_groups),
+        )
+        for main_group, group in zip(mains, parameters, strict=True)
+        for main, parameter in zip(main_group, group, strict=True)
+    ]
+
+
+def _copy(pairs: list[tuple[Tensor, Tensor]], step: Any) -> None:
+    """Unless the step was one of the kernel's, which has written both."""
+    if pairs and not (isinstance(step, KernelUpdate) and step.wrote()):
         sources, targets = zip(*pairs, strict=True)
         torch._foreach_copy_(targets, sources)
 
