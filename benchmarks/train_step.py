@@ -80,12 +80,13 @@ def timed(
     cuda = layout.device.type == "cuda"
     for _ in range(options.warmup):
         subject.step(tokens)
+    if cuda:
+        torch.cuda.synchronize()
     seconds = []
     for _ in range(options.steps):
+        # Each step waits for its own loss, and ours not for its update, which the next one then waits for.
         began = time.perf_counter()
         loss = subject.step(tokens)
-        if cuda:
-            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     step_s = statistics.median(seconds)
     rate = layout.data_size * sum(part[:, 1:].numel() for part in tokens) / step_s
@@ -266,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Row]:
             continue
         if options.json is not None:
             write_atomically(options.json, json.dumps(rows, indent=1))
-        shown = {key: value for key, value in rows[-1].items() if key not in ("longest", "step_s")}
+        shown = {key: value for key, value in rows[-1].items() if key not in ("longest", "step_s", "gaps")}
         print(json.dumps(shown), flush=True)
     parallel.shutdown(keep_process_group=given)
     if is_main:

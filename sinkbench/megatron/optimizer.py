@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -82,8 +83,13 @@ def make_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
 
 @torch.no_grad()
 def update(
-    optimizer: ChainedOptimizer, acceptable: Tensor, divisor: Tensor, *, fused: bool
-) -> tuple[Tensor, Tensor]:
+    optimizer: ChainedOptimizer,
+    acceptable: Tensor,
+    divisor: Tensor,
+    *,
+    fused: bool,
+    decided: Callable[[Tensor, Tensor], None],
+) -> None:
     """What megatron's ``step`` does, unless the step is not acceptable or the gradient's norm is not finite:
     then parameters and optimizer state stay as they are. The norm is the whole model's, so all ranks agree.
 
@@ -92,9 +98,8 @@ def update(
         divisor: of the gradients, which are sums, on the device.
         fused: division, clipping and update in one kernel, which itself heeds the decision: the host goes on
             at once. Otherwise it waits for the decision.
-
-    Returns:
-        The norm of the divided gradients before clipping, and whether there is an update, both on the device.
+        decided: called before the update is given to the device, with the norm of the divided gradients
+            before clipping and whether there is an update, both on the device.
     """
     optimizer.prepare_grads()
     parts = distributed_optimizers(optimizer)
@@ -104,8 +109,9 @@ def update(
     if fused:
         norm = norm / divisor
     accepted = acceptable & norm.isfinite()
+    decided(norm, accepted)
     if not fused and not bool(accepted):
-        return norm, accepted
+        return
     for part in parts:
         if not isinstance(part.optimizer.step, KernelUpdate):
             _choose(part, fused)
@@ -114,7 +120,6 @@ def update(
         elif part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, float(norm))
     optimizer.step_with_ready_grads()
-    return norm, accepted
 
 
 def _divide(parts: list[DistributedOptimizer], divisor: Tensor) -> None:

@@ -118,7 +118,9 @@ class Engine:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """One update from this data-parallel rank's micro-batches (after the loss's transform). There is
-        none if ``health`` refuses the loss or the gradient's norm is not finite; the schedule goes on.
+        none if ``health`` refuses the loss or the gradient's norm is not finite; the schedule goes on. On a
+        card the update may still run afterwards: parameters and optimizer state are those after it for
+        whatever is given to the current stream.
 
         Args:
             wants_stop: whether this rank asks the run to stop; asked once its gradients are under way.
@@ -131,11 +133,15 @@ class Engine:
         acceptable = self.health.acceptable(totals[0])
         self.copies.hold_back()
         assert self._tokens is not None
-        grad_norm, updated = update(self.optimizer, acceptable, self._tokens, fused=self._fused_update)
-        self._numbers.send(torch.hstack([totals, grad_norm, updated]))
+
+        def decided(norm: Tensor, updated: Tensor) -> None:
+            self._numbers.send(torch.hstack([totals, norm, updated]))
+
+        update(self.optimizer, acceptable, self._tokens, fused=self._fused_update, decided=decided)
         self.scheduler.step(1)
         meanwhile()
-        # The only time in a step that the host waits for the device.
+        # The only time in a step that the host waits for the device, and not for the update: the next step
+        # is given to the device meanwhile.
         loss, tokens, votes, norm, was_updated = self._numbers.receive()
         return StepResult(
             loss=loss, tokens=int(tokens), grad_norm=norm, updated=was_updated > 0, stop=votes > 0

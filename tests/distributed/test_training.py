@@ -234,6 +234,25 @@ def norms(between: Callable[[Any], None]) -> list[float]:
     return found
 
 
+def rank_orders(rank: int, world_size: int) -> None:
+    order = []
+    with an_engine(ENGINE) as engine, pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((engine._numbers, "send"), (engine.optimizer, "step_with_ready_grads")):
+            usual = getattr(owner, name)
+
+            def noted(*arguments: Any, usual: Any = usual, name: str = name) -> Any:
+                order.append(name)
+                return usual(*arguments)
+
+            patch.setattr(owner, name, noted)
+        engine.train_step([batch_of(engine, 0)])
+    assert order == ["send", "step_with_ready_grads"]
+
+
+def test_numbers_are_on_their_way_before_the_update(run_distributed: RunDistributed) -> None:
+    run_distributed(1, rank_orders)
+
+
 def rank_is_disturbed(rank: int, world_size: int) -> None:
     assert norms(disturb) == norms(nothing)
 
