@@ -157,7 +157,7 @@ def _backward(
         )
         return grads
     rest = lse.clone()
-    rest[:, :, :prefix] = BEYOND_ALL_SCORES
+    rest[:, :, :prefix].fill_(BEYOND_ALL_SCORES)
     grads = kernel.backward(grad, inputs, output, rest, ctx.states[0], scores)
     grad, output, lse = _first((grad, output, lse), prefix)
     scores = replace(scores, causal=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -217,12 +218,21 @@ def per_head(parameter: Tensor) -> Tensor:
     return parameter[:, None, :] if parameter.dim() == 2 else parameter
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector that stays on its device: a copy from the host would hold up each step, and a CUDA graph
+    cannot have it."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
 def slot_value(p: Problem) -> Tensor:
     """The extra slot's value for every head, broadcastable to [b, h, q, d]."""
     assert p.spec.extra_slot is not None
     value = p.spec.extra_slot.value
     if not isinstance(value, str):
-        return p.value_bgkd.new_tensor(value)
+        assert value is not None
+        return constant(tuple(value), p.value_bgkd.dtype, p.value_bgkd.device)
     per_group = per_kv_head(p, p.parameters[value])
     return per_group.repeat_interleave(p.query_bhqd.shape[1] // per_group.shape[1], 1)
 

@@ -19,6 +19,7 @@ from sinkbench.attention.flash_torch import has_kernel, kernel_for
 from sinkbench.attention.reference import (
     Problem,
     allowed_keys,
+    constant,
     parameter_or_constant,
     per_kv_head,
     scaled_and_biased,
@@ -189,4 +190,4 @@ def _slot_value_per_group(p: Problem) -> Tensor:
         return p.value_bgkd.new_zeros(())
     if isinstance(value, str):
         return per_kv_head(p, p.parameters[value])
-    return p.value_bgkd.new_tensor(value)
+    return constant(tuple(value), p.value_bgkd.dtype, p.value_bgkd.device)
