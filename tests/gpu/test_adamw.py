@@ -36,17 +36,20 @@ def parts(engine: Any) -> list[Any]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_same_updates(precision: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After one step, whose gradients are the same to the last bit, float32 differs by its rounding."""
+    """After one step, whose gradients are the same to the last bit, float32 differs by its rounding, of at
+    most a millionth of the learning rate. Later gradients are of models that differ by it."""
     overrides = [f"train.precision={precision}"]
     norms, mine = after(overrides, steps)
     monkeypatch.setattr(fused_adam, "has_kernel", lambda device: False)
     expected_norms, expected = after(overrides, steps)
     assert norms == pytest.approx(expected_norms, rel=1e-5 if steps == 1 else 1e-2)
     for ours, its in zip(mine, expected, strict=True):
-        if ours.dtype == torch.bfloat16:
-            torch.testing.assert_close(ours, its)
-        elif steps == 1:
-            torch.testing.assert_close(ours, its, rtol=2e-6, atol=1e-9)
+        if steps == 1:
+            tolerance = {"rtol": 2e-6, "atol": 1e-8} if ours.dtype == torch.float32 else {}
+            torch.testing.assert_close(ours, its, **tolerance)
+        else:
+            difference = (ours.double() - its.double()).abs().mean()
+            assert difference <= 1e-2 * its.double().abs().mean()
 
 
 def test_what_the_model_has() -> None:
