@@ -16,6 +16,7 @@ from sinkbench.attention.triton_blocks import (
     load_position,
     load_rows,
     look_up,
+    place,
     query_range,
     rows_of,
     scores,
@@ -135,7 +136,7 @@ def backward_keys(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dkb, stride_dkh, stride_dkt,
-    heads, group, length, scale, window, prefix, ahead, count, constant_from,
+    heads, group, length, pairs, together, scale, window, prefix, ahead, count, constant_from,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, SLOPE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
@@ -143,7 +144,8 @@ def backward_keys(
 ):  # fmt: skip
     """Gradients of one block of keys and values, for the queries of one head: those of a kv head's
     other heads are added outside."""
-    block, pair = tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(length, BLOCK_K)
+    block, pair = place(blocks, pairs, together)  # the first keys have the most queries
     head = pair % heads
     batch = (pair // heads).to(tl.int64)
     q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
@@ -218,15 +220,16 @@ def backward_keys(
         tl.store(dk_ptr + at_keys + second[None, :], (dk1 * scale).to(dk_ptr.dtype.element_ty), mask=inside)
         tl.store(dv_ptr + at_keys + second[None, :], dv1.to(dv_ptr.dtype.element_ty), mask=inside)
     if BIAS:
-        tl.store(db_ptr + pair.to(tl.int64) * tl.num_programs(0) + block, db)
+        tl.store(db_ptr + pair.to(tl.int64) * blocks + block, db)
     if SLOPE_GRADIENT:
-        tl.store(dslope_ptr + pair.to(tl.int64) * tl.num_programs(0) + block, dslope)
+        tl.store(dslope_ptr + pair.to(tl.int64) * blocks + block, dslope)
 
 
 @triton.jit
 def _backward_queries_block(
     at, row, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr, steps,
-    stride_kt, stride_vt, first, second, length, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
+    stride_kt, stride_vt, first, second, length, scale, bias, window, prefix, position_ptr, slope, by_key,
+    ahead,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, TABLE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
     DOCUMENTS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -273,7 +276,8 @@ def backward_queries(
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_dob, stride_doh, stride_dot,
     stride_dqb, stride_dqh, stride_dqt,
-    heads, group, length, scale, window, prefix, ahead, count, constant_from, steps,
+    heads, group, length, pairs, together, scale, window, prefix, ahead, count, constant_from,
+    steps,
     F: tl.constexpr, DF: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, TABLE_GRADIENT: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr,
     DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr,
@@ -281,7 +285,9 @@ def backward_queries(
 ):  # fmt: skip
     """Gradients of one block of queries. TABLE_GRADIENT: also the sums of dS by distance, of each block of
     keys nearer than where the table ends; see ``store_by_distance``."""
-    block, pair = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    blocks = tl.cdiv(length, BLOCK_Q)
+    number, pair = place(blocks, pairs, together)
+    block = blocks - 1 - number
     head = pair % heads
     batch = (pair // heads).to(tl.int64)
     q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
@@ -293,7 +299,7 @@ def backward_queries(
     documents_ptr += rows_of(2 * batch, length)
     rows = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     if TABLE_GRADIENT:
-        program = pair.to(tl.int64) * tl.num_programs(0) + block
+        program = pair.to(tl.int64) * blocks + block
         dtable_ptr += program * steps * (BLOCK_Q + BLOCK_K)
     since = load_documents(documents_ptr, rows, DOCUMENTS)
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
@@ -320,33 +326,34 @@ def backward_queries(
     if DOCUMENTS and not WINDOW:
         for at in range(start, seen_by_all, BLOCK_K):
             dq0, dq1 = _backward_queries_block(
-                at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr,
-                steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key,
-                ahead, F, DF, NORMALIZE, BIAS, POSITION, TABLE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE,
-                UNIT, D1, BLOCK_Q, BLOCK_K)  # fmt: skip
+                at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr,
+                dtable_ptr, steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window,
+                prefix, position_ptr, slope, by_key, ahead, F, DF, NORMALIZE, BIAS, POSITION,
+                TABLE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT, D1, BLOCK_Q,
+                BLOCK_K)  # fmt: skip
         start = seen_by_all
     if POSITION == 2 and not WINDOW:
         near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
         farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
         for at in range(start, near, BLOCK_K):
             dq0, dq1 = _backward_queries_block(
-                at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr,
-                steps, stride_kt, stride_vt, first, second, length, scale * UNIT, farthest, window, prefix, position_ptr, slope, by_key,
-                ahead, F, DF, NORMALIZE, True, 0, False, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
-                D1, BLOCK_Q, BLOCK_K)  # fmt: skip
+                at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr,
+                dtable_ptr, steps, stride_kt, stride_vt, first, second, length, scale * UNIT, farthest,
+                window, prefix, position_ptr, slope, by_key, ahead, F, DF, NORMALIZE, True, 0, False,
+                WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT, D1, BLOCK_Q, BLOCK_K)  # fmt: skip
         start = near
     for at in range(start, unmasked, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
-            at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr,
-            steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, BIAS, POSITION, TABLE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT,
-            D1, BLOCK_Q, BLOCK_K)  # fmt: skip
+            at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr,
+            dtable_ptr, steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window,
+            prefix, position_ptr, slope, by_key, ahead, F, DF, NORMALIZE, BIAS, POSITION, TABLE_GRADIENT,
+            WINDOW, PREFIX, DOCUMENTS, False, PRECISION, WIDE, UNIT, D1, BLOCK_Q, BLOCK_K)  # fmt: skip
     for at in range(unmasked, end, BLOCK_K):
         dq0, dq1 = _backward_queries_block(
-            at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr, dtable_ptr,
-            steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key, ahead,
-            F, DF, NORMALIZE, BIAS, POSITION, TABLE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT,
-            D1, BLOCK_Q, BLOCK_K)  # fmt: skip
+            at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr,
+            dtable_ptr, steps, stride_kt, stride_vt, first, second, length, scale * UNIT, bias, window,
+            prefix, position_ptr, slope, by_key, ahead, F, DF, NORMALIZE, BIAS, POSITION, TABLE_GRADIENT,
+            WINDOW, PREFIX, DOCUMENTS, True, PRECISION, WIDE, UNIT, D1, BLOCK_Q, BLOCK_K)  # fmt: skip
     dq_rows = dq_ptr + at_rows(rows, stride_dqt, WIDE)
     tl.store(dq_rows + first[None, :], (dq0 * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None])
     if D1 > 1:

@@ -46,6 +46,18 @@ def rows_of(pair, length):
 
 
 @triton.jit
+def place(blocks, pairs, together):
+    """Number of the block and the pair of a program, one of ``blocks * pairs`` along the first axis, where a
+    pair is a sequence's head. For ``together`` pairs the first blocks come before the second ones and so on:
+    kernels number blocks from the longest on, so that the last programs of a launch are short, and what
+    these pairs read again and again fits the cache (``triton_tensors.pairs_in_cache``)."""
+    first = tl.program_id(0) // (blocks * together) * together
+    within = tl.program_id(0) % (blocks * together)
+    size = tl.minimum(pairs - first, together)
+    return within // size, first + within % size
+
+
+@triton.jit
 def at_rows(rows, stride, WIDE: tl.constexpr):
     """Offsets of the rows of a matrix, [t, 1]."""
     if WIDE:

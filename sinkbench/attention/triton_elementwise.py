@@ -41,6 +41,7 @@ from sinkbench.attention.triton_tensors import (
     by_position,
     is_wide,
     padded_table,
+    pairs_in_cache,
     precision,
     split_head_size,
 )
@@ -90,10 +91,10 @@ class _Attention(torch.autograd.Function):
         call = _Call(q, k, v, bias, position, documents, s, rows)
 
         def launch(chosen: Tiles) -> None:
-            forward[(triton.cdiv(length, chosen.block_q), batch * heads)](
+            forward[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
                 q, k, v, out, rows, call.bias, call.position, call.documents,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                heads, call.group, length, s.scale, s.eps, *call.mask,
+                heads, call.group, length, batch * heads, pairs_in_cache(k, v), s.scale, s.eps, *call.mask,
                 F=s.function, WIDE=is_wide(q, k, v, out), **call.switches, **chosen.options(),
             )  # fmt: skip
 
@@ -218,10 +219,10 @@ class _Call:
 
         def launch(chosen: Tiles) -> int:
             blocks: int = triton.cdiv(length, chosen.block_k)
-            backward_keys[(blocks, batch * heads)](
+            backward_keys[(blocks * batch * heads,)](
                 q, k, v, grad, dk, dv, *by_row, self.bias, self.position, self.documents, db, dslope,
                 *self.strides, *grad.stride()[:3], *dk.stride()[:3],
-                heads, self.group, length, s.scale, *self.mask,
+                heads, self.group, length, batch * heads, pairs_in_cache(q, grad), s.scale, *self.mask,
                 F=s.function, DF=s.derivative, SLOPE_GRADIENT=slope, WIDE=is_wide(q, k, v, grad, dk),
                 **self.switches, **chosen.options(),
             )  # fmt: skip
@@ -252,10 +253,10 @@ class _Call:
                 steps = triton.cdiv(self.last, chosen.block_k) + runs
                 # A query near the beginning has no keys so far behind.
                 dtable = self.rows.new_zeros(batch, heads, blocks, steps, runs, chosen.block_k)
-            backward_queries[(blocks, batch * heads)](
+            backward_queries[(blocks * batch * heads,)](
                 q, k, v, grad, dq, *by_row, self.bias, self.position, self.documents, dtable,
                 *self.strides, *grad.stride()[:3], *dq.stride()[:3],
-                heads, self.group, length, s.scale, *self.mask, steps,
+                heads, self.group, length, batch * heads, pairs_in_cache(k, v), s.scale, *self.mask, steps,
                 F=s.function, DF=s.derivative, TABLE_GRADIENT=of_table, WIDE=is_wide(q, k, v, grad, dq),
                 **self.switches, **chosen.options(),
             )  # fmt: skip

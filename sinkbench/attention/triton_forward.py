@@ -14,6 +14,7 @@ from sinkbench.attention.triton_blocks import (
     load_position,
     load_rows,
     look_up,
+    place,
     rows_of,
     scores,
     visible,
@@ -72,7 +73,7 @@ def forward(
     q_ptr, k_ptr, v_ptr, o_ptr, r_ptr, bias_ptr, position_ptr, documents_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
     stride_vb, stride_vh, stride_vt, stride_ob, stride_oh, stride_ot,
-    heads, group, length, scale, eps, window, prefix, ahead, count, constant_from,
+    heads, group, length, pairs, together, scale, eps, window, prefix, ahead, count, constant_from,
     F: tl.constexpr, NORMALIZE: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
     WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -81,8 +82,9 @@ def forward(
     """The outputs of one block of queries, and with NORMALIZE what their rows are divided by: 1 for the sum
     + eps, 2 for max(|sum|, 1), of which the sum is stored, 3 for the sum of a softmax, of which the logarithm
     is stored."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # longest rows first
-    pair = tl.program_id(1)
+    blocks = tl.cdiv(length, BLOCK_Q)
+    number, pair = place(blocks, pairs, together)
+    block = blocks - 1 - number  # longest rows first
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
     o_ptr += batch * stride_ob + head.to(tl.int64) * stride_oh

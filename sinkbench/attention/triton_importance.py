@@ -30,15 +30,23 @@ from sinkbench.attention.triton_blocks import (
     key_range,
     load_position,
     load_rows,
+    place,
     rows_of,
     scores,
     visible,
 )
-from sinkbench.attention.triton_tensors import is_wide, padded_table, precision, split_head_size
+from sinkbench.attention.triton_tensors import (
+    is_wide,
+    padded_table,
+    pairs_in_cache,
+    precision,
+    split_head_size,
+)
 from sinkbench.triton_math import exp2
 
 TILES = {
     "rows": Tiles(128, 128, 8, 2),
+    "short rows": Tiles(64, 64, 4, 3),
     "rows with distances": Tiles(128, 64, 8, 2),
     "columns": Tiles(128, 128, 8, 2),
     "columns with more": Tiles(64, 128, 8, 2),
@@ -46,7 +54,9 @@ TILES = {
 }
 """Of half precision and heads up to 128; more is a function or a bias by distance. The queries of the rows
 and the keys of the columns stay: how many they are decides how often the rest is read, at 64 with 4.6 TB/s of
-an H100's cache. The largest that do not spill with 16 warps on a multiprocessor; not timed."""
+an H100's cache. The largest that do not spill with 16 warps on a multiprocessor; for short rows, which have
+few of them, others were faster on an H200 (0.152 for 0.163 ms at head size 96, 0.095 for 0.098 at 128)."""
+SHORT_ROWS = 4096
 FEW_COLUMNS = 64
 TILES_LARGE = Tiles(64, 64, 4, 2)
 """Of half precision and larger heads."""
@@ -127,14 +137,15 @@ def _row_sums_block(
 def _row_sums(
     q_ptr, k_ptr, first_ptr, second_ptr, bias_ptr, position_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    heads, group, length, scale, window, prefix, ahead, count,
+    heads, group, length, pairs, together, scale, window, prefix, ahead, count,
     F: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """log sum exp of a row's scores, or the sums of f and |f|."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)
-    pair = tl.program_id(1)
+    blocks = tl.cdiv(length, BLOCK_Q)
+    number, pair = place(blocks, pairs, together)
+    block = blocks - 1 - number
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
     k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
@@ -225,7 +236,7 @@ def _column_sums_block(
 def _column_sums(
     q_ptr, k_ptr, raw_ptr, proxy_ptr, bias_ptr, position_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
-    heads, group, length, columns, offset, scale, window, prefix, ahead, count,
+    heads, group, length, pairs, together, columns, offset, scale, window, prefix, ahead, count,
     F: tl.constexpr, SOFTMAX: tl.constexpr, PROXY: tl.constexpr, BIAS: tl.constexpr,
     POSITION: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -234,7 +245,8 @@ def _column_sums(
     """Sums of each column from ``offset`` on, over a share of the queries from the column's own on: of
     2^(s + raw) or f(s) raw, and with PROXY of 2^(s + raw) proxy or |f(s)| proxy.
     What is read by row has room for whole blocks. EVEN: the queries are whole blocks."""
-    pair, part = tl.program_id(1), tl.program_id(2)
+    block, pair = place(tl.cdiv(columns, BLOCK_K), pairs, together)
+    part = tl.program_id(1)
     head, batch = pair % heads, (pair // heads).to(tl.int64)
     q_ptr += batch * stride_qb + head.to(tl.int64) * stride_qh
     k_ptr += batch * stride_kb + (head // group).to(tl.int64) * stride_kh
@@ -242,7 +254,6 @@ def _column_sums(
     row = rows_of(pair, length)
     raw_ptr += row
     proxy_ptr += row
-    block = tl.program_id(0)
     key = offset + block * BLOCK_K
     keys = key + tl.arange(0, BLOCK_K)
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
@@ -254,7 +265,7 @@ def _column_sums(
     slope, _ = load_position(position_ptr, POSITION, False, UNIT)
     raw = tl.zeros([BLOCK_K], tl.float32)
     proxy = tl.zeros([BLOCK_K], tl.float32)
-    step = tl.num_programs(2) * BLOCK_Q
+    step = tl.num_programs(1) * BLOCK_Q
     start = key // BLOCK_Q * BLOCK_Q + part * BLOCK_Q
     end = length
     if WINDOW:
@@ -278,12 +289,12 @@ def _column_sums(
                 length, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
                 F, SOFTMAX, PROXY, BIAS, POSITION, WINDOW, PREFIX, False, EVEN, PRECISION, UNIT, D1, BLOCK_Q,
             )  # fmt: skip
-    sums = tl.num_programs(1) * columns
+    sums = tl.cast(pairs, tl.int64) * columns
     out = out_ptr + part.to(tl.int64) * sums + pair.to(tl.int64) * columns
     within = block * BLOCK_K + tl.arange(0, BLOCK_K)
     tl.store(out + within, raw, mask=within < columns)
     if PROXY:
-        out += tl.num_programs(2).to(tl.int64) * sums
+        out += tl.num_programs(1) * sums
         tl.store(out + within, proxy, mask=within < columns)
 
 
@@ -332,10 +343,12 @@ class Scores:
         absolute = None if self.function is None else torch.empty_like(total)
         query, key, arguments, switches = self._arguments(total)
         bias, position, *numbers = arguments
-        chosen = tiles or self._tiles("rows with distances" if self._by_distance else "rows")
-        _row_sums[(triton.cdiv(length, chosen.block_q), batch * heads)](
+        kernel = "short rows" if length <= SHORT_ROWS and self.function is None else "rows"
+        chosen = tiles or self._tiles("rows with distances" if self._by_distance else kernel)
+        _row_sums[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
             query, key, total, total if absolute is None else absolute, bias, position,
-            *query.stride()[:3], *key.stride()[:3], heads, heads // key.shape[1], length, *numbers,
+            *query.stride()[:3], *key.stride()[:3], heads, heads // key.shape[1], length, batch * heads,
+            pairs_in_cache(key), *numbers,
             **switches, **_options(chosen),
         )  # fmt: skip
         return total, absolute
@@ -368,10 +381,11 @@ class Scores:
         raw = _whole_blocks(raw_bht * UNIT if softmax else raw_bht, float("-inf") if softmax else 0.0)
         query, key, arguments, switches = self._arguments(raw)
         bias, position, *numbers = arguments
-        _column_sums[(blocks, batch * heads, parts)](
+        _column_sums[(blocks * batch * heads, parts)](
             query, key, raw, raw if proxy_bht is None else _whole_blocks(proxy_bht, 0.0),
             bias, position, out, *query.stride()[:3], *key.stride()[:3],
-            heads, heads // key.shape[1], length, columns, offset, *numbers,
+            heads, heads // key.shape[1], length, batch * heads, pairs_in_cache(query), columns, offset,
+            *numbers,
             PROXY=proxy_bht is not None, EVEN=length % chosen.block_q == 0,
             **switches, **_options(chosen),
         )  # fmt: skip
