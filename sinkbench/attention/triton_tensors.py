@@ -29,8 +29,8 @@ def is_wide(*tensors: Tensor) -> bool:
 
 
 CACHED_BYTES = 2**23
-"""Of the level-2 cache, for what programs read in common. Measured on an H200, whose cache has 60 MB: more was
-slower at head size 96."""
+"""Of the level-2 cache, for what programs read in common. On an H200, whose cache has 60 MB, more was
+slower at head size 96 (benchmarks/LOG.md)."""
 
 
 def pairs_in_cache(*common_bhtd: Tensor) -> int:
