@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sinkbench.megatron import fused_adam
 from tests.distributed.test_adamw import everything, states, updates
 from tests.distributed.test_saving import an_engine, batch_of, step
 from tests.distributed.test_transformer_engine import ENGINE
@@ -40,7 +39,7 @@ def test_the_same_updates(precision: str, steps: int, monkeypatch: pytest.Monkey
     most a millionth of the learning rate. Later gradients are of models that differ by it."""
     overrides = [f"train.precision={precision}"]
     norms, mine = after(overrides, steps)
-    monkeypatch.setattr(fused_adam, "has_kernel", lambda device: False)
+    monkeypatch.setattr("sinkbench.megatron.fused_adam.has_kernel", lambda device: False)
     expected_norms, expected = after(overrides, steps)
     assert norms == pytest.approx(expected_norms, rel=1e-5 if steps == 1 else 1e-2)
     for ours, its in zip(mine, expected, strict=True):
@@ -67,7 +66,7 @@ def test_few_kernels() -> None:
     from torch.profiler import ProfilerActivity, profile
 
     with an_engine([*ENGINE, *CARD, "train.precision=bf16"]) as engine:
-        assert all(isinstance(update, fused_adam.KernelUpdate) for update in updates(engine))
+        assert {type(update).__name__ for update in updates(engine)} == {"KernelUpdate"}
         step(engine, 0)
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             step(engine, 1)
