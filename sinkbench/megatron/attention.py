@@ -23,7 +23,7 @@ from sinkbench.attention import reference
 from sinkbench.attention.backends import Backend
 from sinkbench.attention.reference import Problem
 from sinkbench.megatron.rotation import HeadLayout, split_and_rotate
-from sinkbench.megatron.sequence import Group, gather_sequence, local_positions
+from sinkbench.megatron.sequence import Group, gather_sequence, local_heads, local_positions
 from sinkbench.megatron.transformer_engine import LOCAL, Linears
 
 
@@ -120,7 +120,6 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             value_sbgd = gather_sequence(value_sbgd, self.cp_group)
             position_k = torch.arange(key_sbgd.shape[0], device=device)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbhd, key_sbgd, value_sbgd))
-        local_heads = query.shape[1]
         return Problem(
             spec=self.parts.spec,
             query_bhqd=query,
@@ -130,7 +129,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             position_k=position_k,
             aligned=cp == 1,
             scale=self.scale,
-            heads=torch.arange(local_heads, device=device) + self.tp_group.rank() * local_heads,
+            heads=local_heads(query.shape[1], self.tp_group.rank(), device),
             parameters=self._parameters_for_heads(self.declared),
             position_bias=self.parts.position_bias,
             position_parameters=self._parameters_for_heads(self.position_declared),

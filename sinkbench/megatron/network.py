@@ -213,7 +213,8 @@ class Network(LanguageModule):  # type: ignore[misc]
             hidden = self._final_read.of(hidden)
         if "targets" not in batch:
             return hidden
-        hidden = hidden[self.leading :]
+        if self.leading:  # a slice of everything would have a gradient of its own, filled and copied
+            hidden = hidden[self.leading :]
         targets, weights = batch["targets"][:, position], batch["weights"][:, position]
         if self.fused_loss:
             return self._fused_losses(hidden, targets, weights)

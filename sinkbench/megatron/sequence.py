@@ -6,6 +6,7 @@ that every rank has the same share of the causal triangle.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,12 +18,24 @@ Group = Any
 
 
 def local_positions(length: int, group: Group, device: torch.device) -> Tensor:
-    """The positions of this rank, in the order it holds them, int64."""
-    size, rank = group.size(), group.rank()
+    """The positions of this rank, in the order it holds them, int64. It is shared: nobody writes to it."""
+    return _positions(length, group.size(), group.rank(), device)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _positions(length: int, size: int, rank: int, device: torch.device) -> Tensor:
     if size == 1:
         return torch.arange(length, device=device)
     chunks = torch.arange(length, device=device).chunk(2 * size)
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def local_heads(count: int, rank: int, device: torch.device) -> Tensor:
+    """The numbers of the heads of a tensor-parallel rank, which has ``count``, int64. Shared likewise."""
+    return torch.arange(rank * count, (rank + 1) * count, device=device)
 
 
 def in_order(shards: list[Tensor], dim: int) -> Tensor:

@@ -38,40 +38,43 @@ class WordEmbeddings(VocabParallelEmbedding):  # type: ignore[misc]
     def forward(self, tokens_bs: Tensor) -> Tensor:
         """[s, b, n], under sequence parallelism this rank's share of s."""
         rows_sb = tokens_bs.t()
+        outside_sb = None
         if self.tp_group.size() > 1:
             rows_sb = rows_sb - self.vocab_start_index
-        words = self._look_up(rows_sb)
+            outside_sb = _outside(rows_sb, self.weight)
+        words = self._look_up(rows_sb, outside_sb)
         if self.reduce_scatter_embeddings:
             shared: Tensor = reduce_scatter_to_sequence_parallel_region(words, group=self.tp_group)
             return shared
         whole: Tensor = reduce_from_tensor_model_parallel_region(words, group=self.tp_group)
         return whole
 
-    def _look_up(self, rows_sb: Tensor) -> Tensor:
-        """Zero for rows of other ranks."""
+    def _look_up(self, rows_sb: Tensor, outside_sb: Tensor | None) -> Tensor:
+        """Zero for rows of other ranks, which are ``outside`` of the table."""
         if self._adds_gradients and hasattr(self.weight, "main_grad"):
-            words: Tensor = _LookUp.apply(rows_sb, self.weight)  # type: ignore[no-untyped-call]
+            words: Tensor = _LookUp.apply(rows_sb, outside_sb, self.weight)  # type: ignore[no-untyped-call]
             return words
-        outside = _outside(rows_sb, self.weight)
-        rows_sb = rows_sb.masked_fill(outside, 0)
+        if outside_sb is not None:
+            rows_sb = rows_sb.masked_fill(outside_sb, 0)
         # The gradient of torch's embedding has no fixed order of sums.
         words = self.weight[rows_sb] if self.deterministic_mode else F.embedding(rows_sb, self.weight)
-        return words.masked_fill(outside[..., None], 0.0)
+        return words if outside_sb is None else words.masked_fill(outside_sb[..., None], 0.0)
 
 
 class _LookUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: torch.nn.Parameter) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, outside: Tensor | None, weight: torch.nn.Parameter) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.weight = weight  # not a copy: the gradient is added to what it carries
-        outside = _outside(rows, weight)
+        if outside is None:
+            return F.embedding(rows, weight)
         return F.embedding(rows.masked_fill(outside, 0), weight).masked_fill_(outside[..., None], 0.0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
         (rows,), (grad,) = ctx.saved_tensors, grads
         add_rows(ctx.weight.main_grad, rows.reshape(-1), grad.reshape(-1, grad.shape[-1]))
-        return None, added(ctx.weight)
+        return None, None, added(ctx.weight)
 
 
 def _outside(rows: Tensor, weight: Tensor) -> Tensor:
