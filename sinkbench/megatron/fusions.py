@@ -1,8 +1,8 @@
 """Which parts of a step run fused, and how: one switch for each, with the plain form as the fallback.
 
-Fused parts are ordinary functions under torch.compile, kernels in Triton, and fused optimizers. On a CPU the graphs
-run as they are traced (backend "aot_eager"), without a compiler: there a fusion can be tested, but gains
-nothing.
+Fused parts are ordinary functions under torch.compile, kernels in Triton, and fused optimizers. On a CPU the
+graphs run as they are traced (backend "aot_eager"), without a compiler: there a fusion can be tested, but
+gains nothing.
 """
 
 from __future__ import annotations
