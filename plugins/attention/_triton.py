@@ -28,7 +28,7 @@ def sigmoid_by_tanh(s):
 
 @triton.jit
 def sigmoid_derivative(s, p):
-    return p * (1.0 - p)
+    return p - p * p  # one operation, rounded once
 
 
 @triton.jit

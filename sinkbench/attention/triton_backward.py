@@ -12,6 +12,7 @@ from sinkbench.attention.triton_blocks import (
     far_keys,
     far_queries,
     key_range,
+    load_block,
     load_documents,
     load_position,
     load_rows,
@@ -236,13 +237,13 @@ def _backward_queries_block(
     UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
-    k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
-    v0 = load_rows(v_ptr, keys, first, stride_vt, length, True, WIDE)
+    k0 = load_block(k_ptr, at, first, stride_kt, length, MASK, WIDE, BLOCK_K)
+    v0 = load_block(v_ptr, at, first, stride_vt, length, MASK, WIDE, BLOCK_K)
     s = dot(q0, tl.trans(k0), None, PRECISION)
     dp = dot(do0, tl.trans(v0), None, PRECISION)
     if D1 > 1:
-        k1 = load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)
-        v1 = load_rows(v_ptr, keys, second, stride_vt, length, True, WIDE)
+        k1 = load_block(k_ptr, at, second, stride_kt, length, MASK, WIDE, BLOCK_K)
+        v1 = load_block(v_ptr, at, second, stride_vt, length, MASK, WIDE, BLOCK_K)
         s = dot(q1, tl.trans(k1), s, PRECISION)
         dp = dot(do1, tl.trans(v1), dp, PRECISION)
     s = scores(

@@ -73,6 +73,23 @@ def load_rows(base, rows, columns, stride, length, PRESENT: tl.constexpr, WIDE: 
 
 
 @triton.jit
+def load_block(
+    base, at, columns, stride, length, MASK: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Rows of a [t, d] matrix from ``at`` on, for a loop over blocks: where they lie from the first one on is
+    the same for each, and without MASK, where all of them exist, none is compared with the end, beyond which
+    there are zeros. ``load_rows`` takes up to two instructions a score more. The kernel for keys has no
+    register left for this."""
+    rows = tl.arange(0, BLOCK)
+    inside = (rows < length - at)[:, None]
+    if WIDE:  # the offset of a block as one number of 64 bits makes the compiler run each wgmma alone (C7515)
+        offsets = at_rows(at + rows, stride, WIDE) + columns[None, :]
+    else:
+        offsets = at * stride + (rows[:, None] * stride + columns[None, :])
+    return tl.load(base + offsets, mask=inside, other=0.0) if MASK else tl.load(base + offsets)
+
+
+@triton.jit
 def dot(a, b, c, PRECISION: tl.constexpr):
     return tl.dot(a, b, c, input_precision=PRECISION)
 

@@ -10,6 +10,7 @@ from sinkbench.attention.triton_blocks import (
     dot,
     far_keys,
     key_range,
+    load_block,
     load_documents,
     load_position,
     load_rows,
@@ -30,10 +31,11 @@ def _forward_block(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     keys = at + tl.arange(0, BLOCK_K)
-    k0 = load_rows(k_ptr, keys, first, stride_kt, length, True, WIDE)
+    k0 = load_block(k_ptr, at, first, stride_kt, length, MASK, WIDE, BLOCK_K)
     s = dot(q0, tl.trans(k0), None, PRECISION)
     if D1 > 1:
-        s = dot(q1, tl.trans(load_rows(k_ptr, keys, second, stride_kt, length, True, WIDE)), s, PRECISION)
+        k1 = load_block(k_ptr, at, second, stride_kt, length, MASK, WIDE, BLOCK_K)
+        s = dot(q1, tl.trans(k1), s, PRECISION)
     s = scores(
         s, scale, bias, rows[:, None], keys[None, :], since[:, None], at,
         position_ptr, slope, by_key, ahead, BIAS, POSITION, PREFIX, UNIT,
@@ -62,9 +64,9 @@ def _forward_block(
         if NORMALIZE:
             r += tl.sum(p, 1)
     p = p.to(q0.dtype)
-    o0 = dot(p, load_rows(v_ptr, keys, first, stride_vt, length, True, WIDE), o0, PRECISION)
+    o0 = dot(p, load_block(v_ptr, at, first, stride_vt, length, MASK, WIDE, BLOCK_K), o0, PRECISION)
     if D1 > 1:
-        o1 = dot(p, load_rows(v_ptr, keys, second, stride_vt, length, True, WIDE), o1, PRECISION)
+        o1 = dot(p, load_block(v_ptr, at, second, stride_vt, length, MASK, WIDE, BLOCK_K), o1, PRECISION)
     return o0, o1, r, largest
 
 
