@@ -26,7 +26,14 @@ def losses(engine: Any) -> list[float]:
     return [engine.train_step(parts[step % 3]).loss for step in range(STEPS)]
 
 
-@pytest.mark.parametrize("attention", ["softmax", "{name: sigmoid, normalize: false}"])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        "softmax",
+        "{name: sigmoid, normalize: false}",
+        "{name: softmax, kv_bias: k, value_norm: 5}",
+    ],
+)
 def test_the_same_steps(attention: str) -> None:
     overrides = [*ENGINE, *CARD, f"model.attention={attention}"]
     with an_engine([*overrides, "train.cuda_graph=false"]) as engine:
