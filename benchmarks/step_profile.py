@@ -17,17 +17,19 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
     "communication": r"nccl|all_?reduce|all_?gather|reduce_scatter|gloo|c10d",
-    "optimizer": r"adam|multi_tensor|foreach|lerp|addcdiv|fusedoptimizer|lpnorm|norm(one|two)ops",
+    "optimizer": (
+        r"adam|multi_tensor|foreach|lerp|addcdiv|fusedoptimizer|lpnorm|norm(one|two)ops|^_(update|advance|squares)$"
+    ),
     "attention": (
         r"flash|fmha|attention|attn|sdpa|cudnn::fusion|backward_(keys|queries)|divide_gradient|^forward$|"
-        r"table_gradient|^_row_sums|^_column_sums"
+        r"table_gradient|^(row|column)_sums$"
     ),
     "norm": r"rms_norm|layer_?norm|gammabeta|rsqrt",
     "loss": r"^_row$|logsumexp|cross_entropy|nll|log_softmax|logits|exp_gather|amax",
     "activation": r"silu|gelu|relu|threshold",
     "rotary": r"rotar|rope|mul_neg_(\w+_)?(slice|split|stack)|slice_sub",
     "matmul": r"gemm|nvjet|xmma|cutlass|cublas|splitk|aten::(mm|addmm|bmm)",
-    "gradients": r"functor_add<float>|fillfunctor<float>|addcmul",
+    "gradients": r"functor_add<float>|fillfunctor<float>|addcmul|^_add_rows$",
 }
 """Kinds of kernels by their names, the first that fits. ``gradients`` are added up, scaled and set to zero.
 What the compiler fuses bears the names of what went in. Everything else is ``other``; the longest kernels are

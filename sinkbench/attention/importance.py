@@ -6,7 +6,6 @@ Shapes: b sequence of the batch, h head, q query, k key, d head size.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -21,7 +20,7 @@ from sinkbench.attention.reference import Problem, allowed_qk, parameter_or_cons
 def missing(spec: AttentionSpec, head_size: int) -> list[str]:
     """What a declaration asks for that the kernel cannot do; empty if it can."""
     lacks = {
-        "the package triton, which is not installed": importlib.util.find_spec("triton") is None,
+        "the package triton, which is not installed": not fused.is_installed(),
         "weights that need whole rows": not isinstance(spec.rule, Softmax | Elementwise),
         "a feature map": spec.feature_map is not None,
         f"a head size of {head_size}": not fused.head_size_fits(head_size),

@@ -35,7 +35,7 @@ from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_backward import backward_keys, backward_queries, divide_gradient
 from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE, itself, power_of_two
 from sinkbench.attention.triton_forward import forward
-from sinkbench.attention.triton_table import along_diagonals, of_distances, table_gradient
+from sinkbench.attention.triton_table import along_diagonals, of_distances, places_by_distance, table_gradient
 from sinkbench.attention.triton_tensors import (
     bounds,
     by_position,
@@ -249,10 +249,9 @@ class _Call:
             nonlocal dtable
             blocks, steps = triton.cdiv(length, chosen.block_q), 0
             if of_table:
-                runs = chosen.block_q // chosen.block_k + 1
-                steps = triton.cdiv(self.last, chosen.block_k) + runs
+                places = places_by_distance(self.last, chosen.block_q, chosen.block_k)
                 # A query near the beginning has no keys so far behind.
-                dtable = self.rows.new_zeros(batch, heads, blocks, steps, runs, chosen.block_k)
+                dtable, steps = self.rows.new_zeros(batch, heads, blocks, *places), places[0]
             backward_queries[(blocks * batch * heads,)](
                 q, k, v, grad, dq, *by_row, self.bias, self.position, self.documents, dtable,
                 *self.strides, *grad.stride()[:3], *dq.stride()[:3],

@@ -99,6 +99,12 @@ def along_diagonals(blocks_hnrc: Tensor, first_diagonal: int, ahead: int, count:
     return out
 
 
+def places_by_distance(last: int, block_q: int, block_k: int) -> tuple[int, int, int]:
+    """The shape of what ``triton_blocks.store_by_distance`` needs for the distances from 0 to ``last``."""
+    runs = block_q // block_k + 1
+    return -(-last // block_k) + runs, runs, block_k
+
+
 def of_distances(sums_hnrc: Tensor, count: int) -> Tensor:
     """The sums of ``triton_blocks.store_by_distance`` at the distances from 0 on, [h, count]."""
     heads, steps, runs, size = sums_hnrc.shape

@@ -52,10 +52,16 @@ def padded_table(table_hn: Tensor, ahead: int, length: int) -> Tensor:
     return pad(table_hn[None], (ROW_BLOCK, behind), mode="replicate")[0].contiguous()
 
 
+def whole_blocks(x: Tensor, value: float = 0) -> Tensor:
+    """[..., t] with room for whole blocks of rows, filled with ``value``."""
+    missing = -x.shape[-1] % ROW_BLOCK
+    return pad(x, (0, missing), value=value) if missing else x.contiguous()
+
+
 def bounds(start_bt: Tensor) -> Tensor:
     """Where the document of each position begins and ends, int32 [b, 2, t], with room for whole blocks."""
     start = start_bt.int().contiguous()
     position = torch.arange(start.shape[1], dtype=torch.int32, device=start.device).expand_as(start)
     # Documents begin later and later: what began up to here ends where the next one begins.
     end = torch.searchsorted(start, position.contiguous(), right=True, out_int32=True)
-    return pad(torch.stack([start, end], 1), (0, -start.shape[1] % ROW_BLOCK))
+    return whole_blocks(torch.stack([start, end], 1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from sinkbench.attention import reference
 from sinkbench.attention.backends import Backend
 from sinkbench.attention.reference import Problem
 from sinkbench.megatron.rotation import HeadLayout, split_and_rotate
-from sinkbench.megatron.sequence import Group, gather_sequence, local_heads, local_positions
+from sinkbench.megatron.sequence import Group, gather_sequence, local_positions
 from sinkbench.megatron.transformer_engine import LOCAL, Linears
 
 
@@ -69,6 +70,14 @@ class AttentionParts:
     backend: Backend
     position_bias: ScoreBias | None = None
     prefix: int = 0
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _local_heads(count: int, rank: int, device: torch.device) -> Tensor:
+    """The numbers of the heads of a tensor-parallel rank, which has ``count``, int64. All layers share it:
+    nobody writes to it."""
+    return torch.arange(rank * count, (rank + 1) * count, device=device)
 
 
 class CoreAttention(MegatronModule):  # type: ignore[misc]
@@ -129,7 +138,7 @@ class CoreAttention(MegatronModule):  # type: ignore[misc]
             position_k=position_k,
             aligned=cp == 1,
             scale=self.scale,
-            heads=local_heads(query.shape[1], self.tp_group.rank(), device),
+            heads=_local_heads(query.shape[1], self.tp_group.rank(), device),
             parameters=self._parameters_for_heads(self.declared),
             position_bias=self.parts.position_bias,
             position_parameters=self._parameters_for_heads(self.position_declared),

@@ -7,7 +7,6 @@ the same, and a run goes on with another implementation.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,7 @@ import torch
 from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
 
+from sinkbench.attention import fused
 from sinkbench.errors import HostError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def leave_it_to_torch() -> None:
 
 def has_kernel(device: torch.device) -> bool:
     """Whether ``KernelUpdate`` runs there."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    return device.type == "cuda" and fused.is_installed()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +143,14 @@ class FusedUpdate:
 
     @torch.no_grad()
     def __call__(self) -> None:
-        fused, groups = self._fused, self._adamw.param_groups
-        fused.param_groups, fused.state = groups, self._adamw.state
+        update, groups = self._fused, self._adamw.param_groups
+        update.param_groups, update.state = groups, self._adamw.state
         steps: list[Tensor] = []
         for group in groups:
             own = [self._adamw.state[parameter]["step"] for parameter in group["params"]]
             group |= {"step": int(own[0]) if own else 0, "bias_correction": True}
             steps += own
-        fused.step()
+        update.step()
         for group in groups:
             del group["step"], group["bias_correction"]
         if steps:

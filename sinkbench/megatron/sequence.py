@@ -31,13 +31,6 @@ def _positions(length: int, size: int, rank: int, device: torch.device) -> Tenso
     return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
-def local_heads(count: int, rank: int, device: torch.device) -> Tensor:
-    """The numbers of the heads of a tensor-parallel rank, which has ``count``, int64. Shared likewise."""
-    return torch.arange(rank * count, (rank + 1) * count, device=device)
-
-
 def in_order(shards: list[Tensor], dim: int) -> Tensor:
     """The whole sequence from the shards of all context-parallel ranks."""
     if len(shards) == 1:

@@ -14,9 +14,7 @@ MOST_COLUMNS = 1024
 
 
 @triton.jit
-def _add_rows(
-    total_ptr, rows_ptr, gradient_ptr, stride, count, WIDTH: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+def _add_rows(total_ptr, rows_ptr, gradient_ptr, stride, count, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
     """One token's columns. Tokens of one row meet in the cache, in any order."""
     token = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + token).to(tl.int64)

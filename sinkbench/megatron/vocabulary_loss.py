@@ -16,10 +16,8 @@ Shapes: t token, n hidden size, v vocabulary of this rank.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from sinkbench.attention import fused
 from sinkbench.megatron.fusions import compiled
 from sinkbench.megatron.sequence import Group
 from sinkbench.megatron.weight_gradients import accumulate, add_product, product
@@ -172,7 +171,7 @@ def _losses_and_gradient(
     """Losses of a part, and the gradient of its logits in their dtype."""
     if setting.group.size() == 1 and with_gradient:
         # In one piece, so that the logits may be read from cache for the gradient.
-        if logits_tv.is_cuda and _has_triton():
+        if logits_tv.is_cuda and fused.is_installed():
             from sinkbench.megatron import triton_vocabulary
 
             return triton_vocabulary.losses_and_gradient(logits_tv, local_target_t, factor_t, setting.z_loss)
@@ -187,11 +186,6 @@ def _losses_and_gradient(
         return losses_t, None
     gradient = _on_card(_gradient, logits_tv)
     return losses_t, gradient(logits_tv, partition_t, local_target_t, factor_t, setting.z_loss)
-
-
-@cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _on_card(function: Callable[..., Any], example: Tensor) -> Callable[..., Any]:

@@ -9,7 +9,6 @@ Shapes: b sequence, s position, n hidden size, t token.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
+from sinkbench.attention import fused
 from sinkbench.megatron.weight_gradients import added
 
 
@@ -54,11 +54,7 @@ class WordEmbeddings(VocabParallelEmbedding):  # type: ignore[misc]
         if self._adds_gradients and hasattr(self.weight, "main_grad"):
             words: Tensor = _LookUp.apply(rows_sb, outside_sb, self.weight)  # type: ignore[no-untyped-call]
             return words
-        if outside_sb is not None:
-            rows_sb = rows_sb.masked_fill(outside_sb, 0)
-        # The gradient of torch's embedding has no fixed order of sums.
-        words = self.weight[rows_sb] if self.deterministic_mode else F.embedding(rows_sb, self.weight)
-        return words if outside_sb is None else words.masked_fill(outside_sb[..., None], 0.0)
+        return _words(rows_sb, outside_sb, self.weight, ordered=self.deterministic_mode)
 
 
 class _LookUp(torch.autograd.Function):
@@ -66,9 +62,7 @@ class _LookUp(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, outside: Tensor | None, weight: torch.nn.Parameter) -> Tensor:
         ctx.save_for_backward(rows)
         ctx.weight = weight  # not a copy: the gradient is added to what it carries
-        if outside is None:
-            return F.embedding(rows, weight)
-        return F.embedding(rows.masked_fill(outside, 0), weight).masked_fill_(outside[..., None], 0.0)
+        return _words(rows, outside, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor]:
@@ -77,13 +71,24 @@ class _LookUp(torch.autograd.Function):
         return None, None, added(ctx.weight)
 
 
+def _words(rows: Tensor, outside: Tensor | None, weight: Tensor, *, ordered: bool = False) -> Tensor:
+    """
+    Args:
+        ordered: the gradient's sums have an order, which torch's embedding does not give them.
+    """
+    if outside is not None:
+        rows = rows.masked_fill(outside, 0)
+    words = weight[rows] if ordered else F.embedding(rows, weight)
+    return words if outside is None else words.masked_fill(outside[..., None], 0.0)
+
+
 def _outside(rows: Tensor, weight: Tensor) -> Tensor:
     return (rows < 0) | (rows >= weight.shape[0])
 
 
 def add_rows(total_vn: Tensor, rows_t: Tensor, gradient_tn: Tensor) -> None:
     """Adds each gradient to its row of the total; there is none for a row outside of it."""
-    if total_vn.is_cuda and total_vn.dtype == torch.float32 and find_spec("triton") is not None:
+    if total_vn.is_cuda and total_vn.dtype == torch.float32 and fused.is_installed():
         from sinkbench.megatron import triton_embedding
 
         triton_embedding.add_rows(total_vn, rows_t, gradient_tn)

@@ -82,9 +82,11 @@ def test_layouts_train_the_same_model(
     for name, (losses, norms) in alone.items():
         assert losses[0] != losses[-1]
         assert found[name][0] == pytest.approx(losses, rel=1e-4), name
+        assert found[name][1][:2] == pytest.approx(norms[:2], rel=2e-3), name
         # Where softpick's rectifier bends a gradient jumps: in one process, weights that differ by 4e-6 give
         # third norms from 2.769 to 2.786.
-        assert found[name][1] == pytest.approx(norms, rel=1e-2 if name == "softpick" else 2e-3), name
+        tolerance = 1e-2 if name == "softpick" else 2e-3
+        assert found[name][1][2:] == pytest.approx(norms[2:], rel=tolerance), name
 
 
 def rank_writes_all(
