@@ -63,8 +63,8 @@ FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_in_a_home)]
 """A path, in which ~ is the user's home."""
 
 
-Fusion = Literal["loss", "layer", "gradients", "optimizer"]
-FUSIONS: tuple[Fusion, ...] = ("loss", "layer", "gradients", "optimizer")
+Fusion = Literal["loss", "layer", "gradients", "optimizer", "communication"]
+FUSIONS: tuple[Fusion, ...] = ("loss", "layer", "gradients", "optimizer", "communication")
 
 
 class Section(BaseModel):
@@ -331,8 +331,9 @@ class TrainConfig(Section):
     spike_sigmas: PositiveFloat = 6.0
     fused: Literal["auto"] | list[Fusion] = "auto"
     """parts that run in fewer kernels and less memory, with the same results: the loss; a layer's norms,
-    activations and rotation; the sum of the weights' gradients over micro-batches; the optimizer's update.
-    auto: all of them on CUDA, none on a CPU."""
+    activations and rotation; the sum of the weights' gradients over micro-batches; the optimizer's update;
+    sequence parallelism's communication, beside products of linear maps (local ones). auto: all of them on
+    CUDA, none on a CPU."""
     cuda_graph: Literal["auto"] | bool = "auto"
     """replay a step's forward and backward pass instead of launching its kernels from Python, which then runs
     no part of the model after the first steps. auto: on one card, without recompute."""

@@ -217,6 +217,7 @@ def build_stages(config: Config, declared: Declarations, layout: Layout) -> list
         fused="layer" in fused,
         normalization=declared.normalization,
         linears=config.model.linear_maps,
+        overlapped="communication" in fused,
         norms=declared.norms,
         fp8=config.train.fp8,
         ffn=config.model.ffn != "none",

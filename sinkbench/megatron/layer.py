@@ -41,6 +41,8 @@ class LayerParts:
     fused: bool = False
     """norms with the residual addition before them, activations, and rotation are compiled."""
     linears: Literal["local", "te"] = "local"
+    overlapped: bool = False
+    """local linear maps' communication runs beside their products."""
     norms: By = "local"
     fp8: Fp8 | None = None
     """of products while training."""
@@ -133,7 +135,7 @@ class Layer(MegatronModule, BaseTransformerLayer):  # type: ignore[misc]
         self.parallel_residual = submodules.parallel_residual
         self.fused_norms = submodules.fused_norms
         self.fp8 = submodules.fp8
-        linears = transformer_engine.linears(submodules.linears)
+        linears = transformer_engine.linears(submodules.linears, submodules.overlapped)
         self.attention = SelfAttention(
             config, submodules.attention, self.layer_number, pg_collection, submodules.fused, linears
         )

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from megatron.core import tensor_parallel
 
 from sinkbench.errors import HostError
+from sinkbench.megatron import overlapped_linears
 
 Fp8 = Literal["tensorwise", "blockwise"]
 
@@ -31,6 +32,8 @@ class Linears:
 
 
 LOCAL = Linears(tensor_parallel.ColumnParallelLinear, tensor_parallel.RowParallelLinear)
+OVERLAPPED = Linears(overlapped_linears.ColumnParallelLinear, overlapped_linears.RowParallelLinear)
+"""The same, with communication beside their products."""
 
 
 class _WithoutState:
@@ -43,13 +46,16 @@ class _WithoutState:
         """One that was written elsewhere is passed over."""
 
 
-def linears(whose: Literal["local", "te"]) -> Linears:
+def linears(whose: Literal["local", "te"], overlapped: bool = False) -> Linears:
     """
+    Args:
+        overlapped: communication runs beside products, of local maps; Transformer Engine has ways of its own.
+
     Raises:
         HostError: Transformer Engine cannot be used.
     """
     if whose == "local":
-        return LOCAL
+        return OVERLAPPED if overlapped else LOCAL
     load()
     from megatron.core.extensions import transformer_engine as wrappers
 
