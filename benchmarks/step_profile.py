@@ -24,7 +24,7 @@ KINDS = {
         r"flash|fmha|attention|attn|sdpa|cudnn::fusion|backward_(keys|queries)|divide_gradient|^forward$|"
         r"table_gradient|^(row|column)_sums$"
     ),
-    "norm": r"rms_norm|layer_?norm|gammabeta|rsqrt",
+    "norm": r"rms_?norm|layer_?norm|gammabeta|rsqrt|^void cucomputegradinput",
     "loss": r"^_row$|logsumexp|cross_entropy|nll|log_softmax|logits|exp_gather|amax",
     "activation": r"silu|gelu|relu|threshold",
     "rotary": r"rotar|rope|mul_neg_(\w+_)?(slice|split|stack)|slice_sub",

@@ -116,6 +116,8 @@ class MegatronLocal:
         from megatron.core.models.gpt.gpt_model import GPTModel
         from megatron.core.optimizer import get_megatron_optimizer
         from megatron.core.pipeline_parallel import get_forward_backward_func
+        from megatron.core.transformer.torch_norm import WrappedTorchNorm
+        from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
         from sinkbench.megatron.settings import optimizer_config
 
@@ -123,9 +125,11 @@ class MegatronLocal:
         transformer = _local_config(config)
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
         spec.submodules.self_attention.submodules.core_attention = _sdpa_core()
+        # Its own choice of a last norm would be Apex's, where that is installed, which has no RMSNorm.
+        layers = TransformerBlockSubmodules([spec] * config.model.num_layers, layer_norm=WrappedTorchNorm)
         model = GPTModel(
             transformer,
-            spec,
+            layers,
             vocab_size=padded_vocab_size(config.model.vocab_size),
             max_sequence_length=config.model.seq_length,
             position_embedding_type="rope",
