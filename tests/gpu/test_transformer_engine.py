@@ -1,5 +1,4 @@
-"""Transformer Engine, and NVIDIA Apex where it is installed, on a card: against the eager attention,
-megatron's layers and torch's optimizer."""
+"""Transformer Engine on a card: against the eager attention, megatron's layers and torch's optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 from sinkbench.attention import transformer_engine
-from sinkbench.packages import PACKAGES, is_installed
 from tests.distributed.test_saving import an_engine, batch_of
 from tests.distributed.test_transformer_engine import ENGINE, go_on, save
 from tests.unit.test_attention_backends import compare, make_problem
@@ -26,7 +24,6 @@ CARD = (
     "optim={lr: 1e-3, warmup_steps: 1}",
 )
 TE = ("model={linears: te, norms: te}",)
-needs_apex = pytest.mark.skipif(not is_installed(PACKAGES["apex"]), reason="needs NVIDIA Apex")
 
 
 @pytest.mark.parametrize("length", [37, 512])
@@ -56,7 +53,6 @@ def plain() -> list[float]:
     ("model.backend=te", "model.normalization=layernorm", "model.linear_bias=all"),
     (*TE, "train.recompute=full"),
     ("optim.implementation=te",),
-    pytest.param(("optim.implementation=apex", "model.norms=apex"), marks=needs_apex),
 ], ids=str)  # fmt: skip
 def test_the_same_training(overrides: tuple[str, ...], plain: list[float]) -> None:
     changed = [x for x in overrides if "normalization" in x or "bias" in x]
