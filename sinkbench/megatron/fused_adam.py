@@ -137,9 +137,10 @@ class FusedUpdate:
 
     def __init__(self, adamw: torch.optim.AdamW, whose: Literal["te", "apex"]) -> None:
         self._adamw = adamw
-        # In the place of the parameters, which come with each call.
-        nothing = torch.zeros(1, requires_grad=True, device=torch.cuda.current_device())
-        self._fused = _load(whose)([nothing], adam_w_mode=True)
+        # The parameters come with each call. But Apex goes no further than what it was made with: so many
+        # groups, of so many parameters each.
+        places = [{"params": [x.detach() for x in group["params"]]} for group in adamw.param_groups]
+        self._fused = _load(whose)(places, adam_w_mode=True)
 
     @torch.no_grad()
     def __call__(self) -> None:
