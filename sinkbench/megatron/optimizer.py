@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
@@ -118,15 +117,27 @@ def update(
         if fused:
             _prepare_fused(part, norm, divisor, accepted)
         elif part.config.clip_grad > 0:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, float(norm))
+            _clip(part, float(norm))
     optimizer.step_with_ready_grads()
 
 
 def _divide(parts: list[DistributedOptimizer], divisor: Tensor) -> None:
     for part in parts:
-        gradients = [x.grad for x in part.get_parameters() if x.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, divisor.reciprocal())
+        _multiply(part, divisor.reciprocal())
+
+
+def _clip(part: DistributedOptimizer, norm: float) -> None:
+    """megatron's own takes Transformer Engine's or Apex's kernel where it finds one, on a CPU too, and
+    otherwise two kernels for each gradient."""
+    factor = part.config.clip_grad / (norm + 1e-6)
+    if factor < 1:
+        _multiply(part, factor)
+
+
+def _multiply(part: DistributedOptimizer, factor: Tensor | float) -> None:
+    gradients = [x.grad for x in part.get_parameters() if x.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
 
 
 def _gradient_norm(parts: list[DistributedOptimizer]) -> Tensor:

@@ -63,6 +63,25 @@ def test_the_same_training_with_everything_else_fused(run_distributed: RunDistri
     run_distributed(1, rank_compares, (), (*TE, fused), timeout=280)
 
 
+def rank_clips(rank: int, world_size: int) -> None:
+    """megatron-core scales gradients by a kernel of Transformer Engine or Apex wherever it can import one."""
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("expected input to be on cuda")
+
+    with pytest.MonkeyPatch.context() as patch:
+
+        def install(_: object) -> None:
+            patch.setattr("megatron.core.optimizer.clip_grads.multi_tensor_applier", refuse)
+
+        norms = trained((*TINY, "train.fused=[]", "optim.clip_grad=0.01"), hook=install)[1]
+    assert min(norms) > 0.01
+
+
+def test_a_cpu_needs_no_kernels_of_an_installed_package(run_distributed: RunDistributed) -> None:
+    run_distributed(1, rank_clips)
+
+
 @dataclass(frozen=True)
 class Saved:
     """Attributes:
