@@ -224,7 +224,7 @@ def _define(signature: str, graph: fx.Graph) -> str:
         elif node.op == "output":
             (result,) = node.args[0] if isinstance(node.args[0], list | tuple) else node.args
             text = _operand(result, names)
-            lines.append(f"    return {text if result in shaped else f'tl.zeros_like(s) + {text}'}")
+            lines.append(f"    return {text if result in shaped else f'tl.where(s == s, {text}, {text})'}")
         else:
             written = _expression(node, names)
             if written is None:

@@ -62,6 +62,9 @@ FIXED = {
         128: Tiles(128, 64, 8, 3),
         256: Tiles(64, 32, 8, 1),
     },
+    "hopper forward": {128: Tiles(64, 64, 4, 2)},
+    "hopper keys": {128: Tiles(64, 64, 4, 2)},
+    "hopper queries": {128: Tiles(64, 64, 4, 2)},
     "linear": {128: Tiles(64, 128, 4, 2), 256: Tiles(64, 32, 4, 2)},
     "linear gradients": {128: Tiles(64, 128, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
@@ -112,6 +115,9 @@ CANDIDATES = {
         Tiles(128, 64, 8, 3),
         Tiles(128, 32, 8, 3),
     ),
+    "hopper forward": (),
+    "hopper keys": (Tiles(32, 64, 4, 2),),
+    "hopper queries": (),
     "linear": (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2), Tiles(128, 128, 8, 2)),
     "linear gradients": (
         Tiles(64, 64, 4, 2),
@@ -289,7 +295,8 @@ def _enabled() -> bool:
 def source_hash() -> str:
     """Of the kernels' files."""
     here = Path(__file__).parent
-    files = [here.parent / "triton_math.py", *sorted(here.glob("triton_*.py"))]
+    kernels = sorted([*here.glob("triton_*.py"), *here.glob("hopper_*.py")])
+    files = [here.parent / "triton_math.py", *kernels]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

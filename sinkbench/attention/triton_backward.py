@@ -87,6 +87,7 @@ def _backward_keys_block(
     UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     rows = at + tl.arange(0, BLOCK_Q)
+    lse = rows  # read for a softmax alone
     if NORMALIZE == 3:
         lse = tl.load(lse_ptr + rows)
     q0 = load_rows(q_ptr, rows, first, stride_qt, length, True, WIDE)
@@ -100,11 +101,9 @@ def _backward_keys_block(
         dp = dot(v1, tl.trans(do1), dp, PRECISION)
     since = load_documents(documents_ptr, rows, DOCUMENTS)
     s = scores(
-        s, scale, bias, rows[None, :], keys[:, None], since[None, :], at,
-        position_ptr, slope, by_key, ahead, BIAS, POSITION, PREFIX, UNIT,
+        s, scale, bias, lse[None, :], rows[None, :], keys[:, None], since[None, :], at,
+        position_ptr, slope, by_key, ahead, BIAS, NORMALIZE == 3, POSITION, PREFIX, UNIT,
     )  # fmt: skip
-    if NORMALIZE == 3:
-        s -= lse[None, :]
     p = F(s)
     ds = DF(s, p)
     if MASK:
@@ -197,7 +196,7 @@ def backward_keys(
             ahead, F, DF, NORMALIZE, BIAS, POSITION, SLOPE_GRADIENT, WINDOW, PREFIX, DOCUMENTS, False,
             PRECISION, WIDE, UNIT, D1, BLOCK_Q)  # fmt: skip
     if POSITION == 2 and not WINDOW:
-        farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
+        farthest = bias + UNIT * look_up(position_ptr, ahead + constant_from)
         for at in range(far, unmasked_end, BLOCK_Q):
             dk0, dk1, dv0, dv1, db, dslope = _backward_keys_block(
                 at, keys, k0, k1, v0, v1, dk0, dk1, dv0, dv1, db, dslope, q_ptr, do_ptr, delta_ptr, lse_ptr,
@@ -247,11 +246,9 @@ def _backward_queries_block(
         s = dot(q1, tl.trans(k1), s, PRECISION)
         dp = dot(do1, tl.trans(v1), dp, PRECISION)
     s = scores(
-        s, scale, bias, rows[:, None], keys[None, :], since[:, None], at,
-        position_ptr, slope, by_key, ahead, BIAS, POSITION, PREFIX, UNIT,
+        s, scale, bias, lse[:, None], rows[:, None], keys[None, :], since[:, None], at,
+        position_ptr, slope, by_key, ahead, BIAS, NORMALIZE == 3, POSITION, PREFIX, UNIT,
     )  # fmt: skip
-    if NORMALIZE == 3:
-        s -= lse[:, None]
     ds = DF(s, F(s))
     if MASK:
         seen = visible(
@@ -335,7 +332,7 @@ def backward_queries(
         start = seen_by_all
     if POSITION == 2 and not WINDOW:
         near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
-        farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
+        farthest = bias + UNIT * look_up(position_ptr, ahead + constant_from)
         for at in range(start, near, BLOCK_K):
             dq0, dq1 = _backward_queries_block(
                 at, block * BLOCK_Q, rows, since, q0, q1, do0, do1, dq0, dq1, delta, lse, k_ptr, v_ptr,

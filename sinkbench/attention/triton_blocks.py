@@ -24,18 +24,24 @@ they need no mask."""
 if triton.knobs.runtime.interpret:
 
     @triton.jit
-    def look_up(pointers):
+    def look_up(table_ptr, at):
         """Numbers of a table."""
-        return tl.load(pointers)
+        return tl.load(table_ptr + at)
 
 else:
 
     @triton.jit
-    def look_up(pointers):
+    def look_up(table_ptr, at):
         """Numbers of a table. The compiler would send those of a ``tl.load`` through shared memory, like
-        blocks of keys, which takes longer than to read them from the cache."""
+        blocks of keys, which takes longer than to read them from the cache; and it would keep the address of
+        each in two registers."""
         return tl.inline_asm_elementwise(
-            "ld.global.nc.f32 $0, [$1];", "=f,l", [pointers], dtype=tl.float32, is_pure=True, pack=1
+            "{ .reg .u64 at; cvt.u64.u32 at, $2; add.u64 at, at, $1; ld.global.nc.f32 $0, [at]; }",
+            "=f,l,r",
+            [table_ptr, at * 4],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
         )
 
 
@@ -120,29 +126,37 @@ def distance_of(row, key, begin, by_key, PREFIX: tl.constexpr):
 
 @triton.jit
 def scores(
-    s, scale, bias, row, key, begin, origin, table_ptr, slope, by_key, ahead,
-    BIAS: tl.constexpr, POSITION: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
+    s, scale, bias, level, row, key, begin, origin, table_ptr, slope, by_key, ahead,
+    BIAS: tl.constexpr, LEVEL: tl.constexpr, POSITION: tl.constexpr, PREFIX: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Scores of products q.k, with a head's bias and the one by distance.
+    """Scores of products q.k, with a head's bias and the one by distance. What is the same in a row is added
+    up before, which is one operation for all keys.
 
     Args:
-        row, key: broadcast to the shape of the scores.
-        begin: of ``load_documents``, alike.
+        level: with LEVEL, taken off each row's scores; broadcasts to their shape, like what follows.
+        row, key: numbers of queries and keys.
+        begin: of ``load_documents``.
         origin: a position of the block. From there a slope takes one step for rows and one for keys, exact
             where they are near, which is less work than a distance of each pair.
         slope, by_key: of ``load_position``.
     """
+    if BIAS and LEVEL:
+        level = level - bias
     s = s * scale
-    if BIAS:  # adding 0 would be an instruction
+    if POSITION == 1 and not PREFIX:
+        of_row = slope * tl.where(by_key, begin - origin, row - origin).to(tl.float32)
+        if LEVEL:
+            of_row += level
+        s += slope * (key - origin).to(tl.float32)
+        s -= of_row
+    elif LEVEL:
+        s -= level
+    if BIAS and not LEVEL:  # adding 0 would be an instruction
         s += bias
-    if POSITION == 1:
-        if PREFIX:
-            s -= slope * distance_of(row, key, begin, by_key, PREFIX)
-        else:
-            s += slope * (key - origin).to(tl.float32)
-            s -= slope * tl.where(by_key, begin - origin, row - origin).to(tl.float32)
+    if POSITION == 1 and PREFIX:
+        s -= slope * distance_of(row, key, begin, by_key, PREFIX)
     if POSITION == 2:
-        s += UNIT * look_up(table_ptr + (row - key + ahead))
+        s += UNIT * look_up(table_ptr, row - key + ahead)
     return s
 
 

@@ -21,60 +21,18 @@ Shapes: b sequence of the batch, h head, g kv head, t position, d head size, n d
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import triton
 from torch import Tensor
 
-from sinkbench.attention import tiles
-from sinkbench.attention.tiles import Tiles
-from sinkbench.attention.triton_backward import backward_keys, backward_queries, divide_gradient
-from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE, itself, power_of_two
-from sinkbench.attention.triton_forward import forward
-from sinkbench.attention.triton_table import along_diagonals, of_distances, places_by_distance, table_gradient
-from sinkbench.attention.triton_tensors import (
-    bounds,
-    by_position,
-    is_wide,
-    padded_table,
-    pairs_in_cache,
-    precision,
-    split_head_size,
-)
+from sinkbench.attention import hopper
+from sinkbench.attention.triton_blocks import SLOPE, TABLE, itself, power_of_two
+from sinkbench.attention.triton_call import SOFTMAX, Call, Settings
+from sinkbench.attention.triton_tensors import bounds
 
 NORMALIZERS: dict[bool | str, int] = {False: 0, True: 1, "abs": 2}
-SOFTMAX = 3
-"""In the place of a normaliser."""
-NEAR = 512
-"""A table that ends so early has its gradient made in the kernel for queries, which then makes the products
-that it needs only once; for a longer one that would take more memory than the inputs."""
-TABLE_PROGRAMS = 264
-"""Of the gradient of a table: two for each multiprocessor of an H100, which is what fits."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What is the same in all kernels of a call.
-
-    Attributes:
-        normalize: of ``NORMALIZERS``, or SOFTMAX.
-        position: 0, SLOPE or TABLE.
-        ahead: distances of the table before 0.
-    """
-
-    function: Any
-    derivative: Any
-    normalize: int
-    eps: float
-    scale: float
-    window: int | None
-    prefix: int
-    position: int
-    ahead: int
 
 
 class _Attention(torch.autograd.Function):
@@ -84,21 +42,9 @@ class _Attention(torch.autograd.Function):
         documents: Tensor | None, s: Settings,
     ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        batch, heads, length, _ = q.shape
-        out = by_position(q)
-        size = (batch, heads, length) if s.normalize else (1,)
+        size = q.shape[:3] if s.normalize else (1,)
         rows = torch.empty(size, dtype=torch.float32, device=q.device)
-        call = _Call(q, k, v, bias, position, documents, s, rows)
-
-        def launch(chosen: Tiles) -> None:
-            forward[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
-                q, k, v, out, rows, call.bias, call.position, call.documents,
-                *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-                heads, call.group, length, batch * heads, pairs_in_cache(k, v), s.scale, s.eps, *call.mask,
-                F=s.function, WIDE=is_wide(q, k, v, out), **call.switches, **chosen.options(),
-            )  # fmt: skip
-
-        launch(call.tiles("forward", launch))
+        out = _call(q, k, v)(q, k, v, bias, position, documents, s, rows).outputs()
         ctx.save_for_backward(q, k, v, bias, position, documents, out if s.normalize else None, rows)
         ctx.settings = s
         ctx.set_materialize_grads(False)
@@ -111,7 +57,7 @@ class _Attention(torch.autograd.Function):
         if grad is None:  # of the output of a softmax: its log-sum-exp alone was used
             grad = torch.zeros_like(out)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        call = _Call(q, k, v, bias, position, documents, s, rows)
+        call = _call(q, k, v, grad)(q, k, v, bias, position, documents, s, rows)
         by_row: Sequence[Tensor] = (rows, rows)
         if s.normalize:
             grad, *by_row = call.divided_gradient(grad, out, of_rows)
@@ -136,159 +82,9 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dbias, dposition, None, None
 
 
-class _Call:
-    """The arguments that the kernels of one call share."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, position: Tensor | None,
-        documents: Tensor | None, s: Settings, rows: Tensor,
-    ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.s, self.rows = q, k, v, s, rows
-        self.group = q.shape[1] // k.shape[1]
-        self.bias = rows if bias is None else bias.float().contiguous()  # unused if there is none
-        self.position = rows if position is None else position
-        self.documents = rows if documents is None else documents
-        self.last = 0  # distance of the table
-        self.mask: tuple[int, ...] = (s.window or 0, s.prefix, 0, 1, 0)
-        if position is not None and s.position == TABLE:
-            self.position = padded_table(position, s.ahead, q.shape[2])
-            self.last = position.shape[1] - 1 - s.ahead
-            at_zero = s.ahead + ROW_BLOCK
-            self.mask = (s.window or 0, s.prefix, at_zero, self.position.shape[1], self.last)
-        self.table_ends = s.position == TABLE and self.last < q.shape[2] - 1
-        d0, d1 = split_head_size(q.shape[-1])
-        self.switches: dict[str, Any] = {
-            "NORMALIZE": s.normalize,
-            "BIAS": bias is not None,
-            "POSITION": s.position,
-            "WINDOW": s.window is not None,
-            "PREFIX": s.prefix > 0,
-            "DOCUMENTS": documents is not None,
-            "PRECISION": precision(q),
-            "UNIT": math.log2(math.e) if s.normalize == SOFTMAX else 1.0,
-            "D0": d0,
-            "D1": d1,
-        }
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return tuple(stride for x in (self.q, self.k, self.v) for stride in x.stride()[:3])
-
-    def tiles(self, kernel: str, launch: Callable[[Tiles], object]) -> Tiles:
-        s = self.s
-        masks = [mask for mask in ("WINDOW", "PREFIX", "DOCUMENTS") if self.switches[mask]]
-        variant = {
-            "mask": "+".join(masks).lower() or "causal",
-            "function": f"{s.function.__module__}.{s.function.__name__}",
-            "normalize": s.normalize,
-            "position": s.position,
-        }
-        return tiles.choose(kernel, self.q, variant, launch, s.position, self.switches["DOCUMENTS"])
-
-    def divided_gradient(
-        self, grad: Tensor, out: Tensor, of_rows: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dO', and D and the log-sum-exp of each row, which have room for whole blocks; see the kernel.
-        ``of_rows`` is the gradient of the log-sum-exp of a softmax, if it has one."""
-        batch, heads, length, _ = grad.shape
-        padded = triton.cdiv(length, ROW_BLOCK) * ROW_BLOCK
-        delta, lse = torch.empty(2, batch * heads, padded, dtype=torch.float32, device=grad.device)
-        divided = grad if self.s.normalize == SOFTMAX else torch.empty_like(out)
-        strides = (*grad.stride()[:3], *out.stride()[:3], *divided.stride()[:3])
-        switches = {name: self.switches[name] for name in ("NORMALIZE", "UNIT", "D0", "D1")}
-        of_lse = self.rows if of_rows is None else of_rows.contiguous()
-        divide_gradient[(batch * heads, padded // 64)](
-            grad, out, self.rows, of_lse, divided, delta, lse, *strides, heads, length,
-            OF_LSE=of_rows is not None, WIDE=is_wide(grad, out, divided), BLOCK=64, **switches,
-        )  # fmt: skip
-        return divided, delta, lse
-
-    def gradients_of_keys(
-        self, grad: Tensor, by_row: Sequence[Tensor], position: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """dK and dV by query head, and of each block of keys the sums for the bias and the slope."""
-        q, k, v, s = self.q, self.k, self.v, self.s
-        batch, heads, length, _ = q.shape
-        dk, dv = by_position(q), by_position(q)
-        slope = position and s.position == SLOPE
-        most = triton.cdiv(length, tiles.SMALLEST_BLOCK)
-        db, dslope = (
-            torch.empty((batch, heads, most) if wanted else (1, 1, 1), dtype=torch.float32, device=q.device)
-            for wanted in (self.switches["BIAS"], slope)
-        )
-
-        def launch(chosen: Tiles) -> int:
-            blocks: int = triton.cdiv(length, chosen.block_k)
-            backward_keys[(blocks * batch * heads,)](
-                q, k, v, grad, dk, dv, *by_row, self.bias, self.position, self.documents, db, dslope,
-                *self.strides, *grad.stride()[:3], *dk.stride()[:3],
-                heads, self.group, length, batch * heads, pairs_in_cache(q, grad), s.scale, *self.mask,
-                F=s.function, DF=s.derivative, SLOPE_GRADIENT=slope, WIDE=is_wide(q, k, v, grad, dk),
-                **self.switches, **chosen.options(),
-            )  # fmt: skip
-            return blocks
-
-        blocks = launch(self.tiles("keys", launch))
-        if self.switches["BIAS"]:
-            db = db.flatten()[: batch * heads * blocks].view(batch, heads, blocks)
-        if slope:
-            dslope = dslope.flatten()[: batch * heads * blocks].view(batch, heads, blocks)
-        return dk, dv, db, dslope
-
-    def gradient_of_queries(
-        self, grad: Tensor, by_row: Sequence[Tensor], position: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """dQ, and, if it is wanted and cheaper so, the gradient of a table."""
-        q, k, v, s = self.q, self.k, self.v, self.s
-        batch, heads, length, d = q.shape
-        dq = by_position(q)
-        of_table = position and self.table_ends and not s.prefix and self.last <= NEAR and d <= 128
-        dtable = self.rows
-
-        def launch(chosen: Tiles) -> None:
-            nonlocal dtable
-            blocks, steps = triton.cdiv(length, chosen.block_q), 0
-            if of_table:
-                places = places_by_distance(self.last, chosen.block_q, chosen.block_k)
-                # A query near the beginning has no keys so far behind.
-                dtable, steps = self.rows.new_zeros(batch, heads, blocks, *places), places[0]
-            backward_queries[(blocks * batch * heads,)](
-                q, k, v, grad, dq, *by_row, self.bias, self.position, self.documents, dtable,
-                *self.strides, *grad.stride()[:3], *dq.stride()[:3],
-                heads, self.group, length, batch * heads, pairs_in_cache(k, v), s.scale, *self.mask, steps,
-                F=s.function, DF=s.derivative, TABLE_GRADIENT=of_table, WIDE=is_wide(q, k, v, grad, dq),
-                **self.switches, **chosen.options(),
-            )  # fmt: skip
-
-        launch(self.tiles("queries", launch))
-        return dq, of_distances(dtable.sum((0, 2)), self.last + 1) if of_table else None
-
-    def gradient_of_table(self, grad: Tensor, by_row: Sequence[Tensor]) -> Tensor:
-        q, k, v, s = self.q, self.k, self.v, self.s
-        batch, heads, length, _ = q.shape
-        # A diagonal of blocks holds the distances from size (n - 1) + 1 to size (n + 1) - 1.
-        size = 32 if q.dtype == torch.float32 or q.shape[-1] > 128 else 64
-        count = triton.cdiv(length, size)
-        farthest = count - 1
-        if s.window is not None:
-            farthest = min(farthest, triton.cdiv(max(s.window, s.prefix) - 1, size))
-        if self.table_ends:
-            farthest = min(farthest, triton.cdiv(max(self.last - 1, 0), size))
-        nearest = -triton.cdiv(max(s.prefix - 1, 0), size)
-        nearest = max(nearest, 1 - count)
-        diagonals = farthest - nearest + 1
-        parts = min(max(TABLE_PROGRAMS // (diagonals * heads), 1), batch * count)
-        grid = (diagonals, heads, parts)
-        blocks = torch.empty(parts, heads, grid[0], size, size, dtype=torch.float32, device=q.device)
-        switches = {name: value for name, value in self.switches.items() if name != "POSITION"}
-        table_gradient[grid](
-            q, k, v, grad, *by_row, self.bias, self.position, self.documents, blocks,
-            *self.strides, *grad.stride()[:3],
-            batch, heads, self.group, length, s.scale, *self.mask, nearest,
-            F=s.function, DF=s.derivative, WIDE=is_wide(q, k, v, grad), BLOCK=size, **switches,
-            num_warps=8 if q.dtype == torch.float32 else 4, num_stages=2 if q.shape[-1] <= 96 else 1,
-        )  # fmt: skip
-        return along_diagonals(blocks.sum(0), nearest, s.ahead, s.ahead + 1 + self.last)
+def _call(*tensors: Tensor) -> type[Call]:
+    """The kernels for such tensors."""
+    return hopper.call() if hopper.can_read(*tensors) else Call
 
 
 def attend(

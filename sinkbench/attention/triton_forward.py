@@ -37,8 +37,8 @@ def _forward_block(
         k1 = load_block(k_ptr, at, second, stride_kt, length, MASK, WIDE, BLOCK_K)
         s = dot(q1, tl.trans(k1), s, PRECISION)
     s = scores(
-        s, scale, bias, rows[:, None], keys[None, :], since[:, None], at,
-        position_ptr, slope, by_key, ahead, BIAS, POSITION, PREFIX, UNIT,
+        s, scale, bias, 0.0, rows[:, None], keys[None, :], since[:, None], at,
+        position_ptr, slope, by_key, ahead, BIAS, False, POSITION, PREFIX, UNIT,
     )  # fmt: skip
     if MASK:
         seen = visible(
@@ -122,7 +122,7 @@ def forward(
         start = seen_by_all
     if POSITION == 2 and not WINDOW:
         near = far_keys(block, start, unmasked, constant_from, BLOCK_Q, BLOCK_K)
-        farthest = bias + UNIT * look_up(position_ptr + ahead + constant_from)
+        farthest = bias + UNIT * look_up(position_ptr, ahead + constant_from)
         for at in range(start, near, BLOCK_K):
             o0, o1, r, largest = _forward_block(
                 at, rows, since, q0, q1, o0, o1, r, largest, k_ptr, v_ptr, stride_kt, stride_vt, first,

@@ -30,8 +30,9 @@ def _block_scores(
     if D1 > 1:
         s = dot(rest_a, tl.trans(rest_b), s, PRECISION)
     return scores(
-        s, scale, bias, row, key, 0, at, position_ptr, slope, False, ahead, BIAS, POSITION, PREFIX, UNIT
-    )
+        s, scale, bias, 0.0, row, key, 0, at, position_ptr, slope, False, ahead,
+        BIAS, False, POSITION, PREFIX, UNIT,
+    )  # fmt: skip
 
 
 @triton.jit

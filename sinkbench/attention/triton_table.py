@@ -33,7 +33,7 @@ def table_gradient(
     table_ptr += head.to(tl.int64) * count
     first, second = tl.arange(0, D0), D0 + tl.arange(0, D1)
     within = tl.arange(0, BLOCK)
-    bias = look_up(table_ptr + (ahead + diagonal * BLOCK + within[:, None] - within[None, :])) * UNIT
+    bias = look_up(table_ptr, ahead + diagonal * BLOCK + within[:, None] - within[None, :]) * UNIT
     if BIAS:
         bias += tl.load(bias_ptr + head) * UNIT
     start = tl.maximum(0, -diagonal)

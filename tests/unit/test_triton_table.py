@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from sinkbench_plugins.attention import _triton  # noqa: E402
 
-from sinkbench.attention import tiles, triton_elementwise  # noqa: E402
+from sinkbench.attention import tiles, triton_call, triton_elementwise  # noqa: E402
 from sinkbench.attention.tiles import Tiles  # noqa: E402
 
 DEVICE = "cuda" if CUDA else "cpu"
@@ -62,7 +62,7 @@ def test_a_table_that_ends_near(
     table = torch.randn(HEADS, last + 1, generator=generator, device=DEVICE).requires_grad_()
     monkeypatch.setattr(tiles, "choose", lambda *_, **__: Tiles(block_q, block_k, 4, 1))
     (near,) = torch.autograd.grad(attend(q, k, v, table), table, grad)
-    monkeypatch.setattr(triton_elementwise, "NEAR", -1)
+    monkeypatch.setattr(triton_call, "NEAR", -1)
     (any_table,) = torch.autograd.grad(attend(q, k, v, table), table, grad)
     torch.testing.assert_close(near, any_table, rtol=1e-4, atol=1e-5)
     assert near[:, : min(last, WINDOW)].abs().min() > 0

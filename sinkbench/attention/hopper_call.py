@@ -1,0 +1,115 @@
+"""A call of the attention kernels for Hopper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from sinkbench.attention.hopper import parts
+from sinkbench.attention.hopper_backward import backward_keys, backward_queries
+from sinkbench.attention.hopper_forward import forward
+from sinkbench.attention.hopper_table import table_gradient
+from sinkbench.attention.tiles import Tiles
+from sinkbench.attention.triton_call import SOFTMAX, Call
+from sinkbench.attention.triton_tensors import pairs_in_cache
+
+SWIZZLED_BYTES = 128
+"""Of a row in shared memory, at most, in the order in which products do not wait for its banks."""
+
+
+def described(x_bhtd: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """The parts of a tensor in blocks of so many rows; if there is one, twice the same."""
+    # Of what there is one of, the stride does not matter, but it has to be one that can be.
+    strides = [x_bhtd.stride(n) if x_bhtd.shape[n] > 1 else x_bhtd.shape[-1] for n in range(3)]
+    bits = 8 * x_bhtd.element_size()
+    first, *second = (
+        TensorDescriptor(
+            x_bhtd,
+            [*x_bhtd.shape],
+            [*strides, 1],
+            [1, 1, rows, columns],
+            gl.NVMMASharedLayout(min(SWIZZLED_BYTES, columns * bits // 8), bits, rank=4),
+        )
+        for columns in parts(x_bhtd.shape[-1])
+    )
+    return first, (second or [first])[0]
+
+
+def described_by_row(x_rt: Tensor, rows: int) -> TensorDescriptor:
+    """Numbers of rows, float32 [b h, t], in blocks of so many."""
+    layout = gl.NVMMASharedLayout(0, 32, rank=2)
+    return TensorDescriptor(x_rt, [*x_rt.shape], [*x_rt.stride()], [1, rows], layout)
+
+
+class HopperCall(Call):
+    """With the same arguments in the same order, but for the tensors that are read in blocks."""
+
+    kernels = "hopper "
+    table_by_itself = True
+
+    def launch_forward(self, out: Tensor, chosen: Tiles) -> None:
+        q, k, v, s = self.q, self.k, self.v, self.s
+        batch, heads, length, _ = q.shape
+        forward[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
+            *described(q, chosen.block_q), *described(k, chosen.block_k), *described(v, chosen.block_k),
+            out, self.rows, self.bias, self.position, self.documents, *out.stride()[:3],
+            heads, self.group, length, batch * heads, pairs_in_cache(k, v), s.scale, s.eps, *self.mask,
+            F=s.function, **self._switches(chosen),
+        )  # fmt: skip
+
+    def launch_keys(
+        self, grad: Tensor, by_row: Sequence[Tensor], into: Sequence[Tensor], slope: bool, chosen: Tiles
+    ) -> None:
+        q, s = self.q, self.s
+        batch, heads, length, _ = q.shape
+        dk, dv, db, dslope = into
+        # D and the log-sum-exp, as far as there are any.
+        needed = by_row[: {0: 0, SOFTMAX: 2}.get(s.normalize, 1)]
+        numbers = [*(described_by_row(x, chosen.block_q) for x in needed), None, None][:2]
+        backward_keys[(triton.cdiv(length, chosen.block_k) * batch * heads,)](
+            *self._read_backward(grad, chosen), *numbers, dk, dv,
+            self.bias, self.position, self.documents, db, dslope, *dk.stride()[:3],
+            heads, self.group, length, batch * heads, pairs_in_cache(q, grad), s.scale, *self.mask,
+            F=s.function, DF=s.derivative, SLOPE_GRADIENT=slope, **self._switches(chosen),
+        )  # fmt: skip
+
+    def launch_queries(
+        self, grad: Tensor, by_row: Sequence[Tensor], dq: Tensor, dtable: Tensor, steps: int, chosen: Tiles
+    ) -> None:
+        k, v, s = self.k, self.v, self.s
+        batch, heads, length, _ = self.q.shape
+        backward_queries[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
+            *self._read_backward(grad, chosen), dq, *by_row,
+            self.bias, self.position, self.documents, *dq.stride()[:3],
+            heads, self.group, length, batch * heads, pairs_in_cache(k, v), s.scale, *self.mask,
+            F=s.function, DF=s.derivative, **self._switches(chosen),
+        )  # fmt: skip
+
+    def launch_table(self, grad: Tensor, by_row: Sequence[Tensor], blocks: Tensor, nearest: int) -> None:
+        s, size = self.s, blocks.shape[-1]
+        batch, heads, length, _ = self.q.shape
+        chosen = Tiles(size, size, num_warps=4, num_stages=2)
+        own = {"POSITION", "BLOCK_Q", "BLOCK_K"}
+        switches = {name: value for name, value in self._switches(chosen).items() if name not in own}
+        table_gradient[(blocks.shape[2], heads, blocks.shape[0])](
+            *self._read_backward(grad, chosen), *by_row,
+            self.bias, self.position, self.documents, blocks,
+            batch, heads, self.group, length, s.scale, *self.mask, nearest,
+            F=s.function, DF=s.derivative, BLOCK=size, **switches,
+        )  # fmt: skip
+
+    def _read_backward(self, grad: Tensor, chosen: Tiles) -> list[TensorDescriptor]:
+        by_query, by_key = chosen.block_q, chosen.block_k
+        read = ((self.q, by_query), (self.k, by_key), (self.v, by_key), (grad, by_query))
+        return [part for x, rows in read for part in described(x, rows)]
+
+    def _switches(self, chosen: Tiles) -> dict[str, Any]:
+        others = {"PRECISION", "D0", "D1"}
+        of_call = {name: value for name, value in self.switches.items() if name not in others}
+        sizes = {"BLOCK_Q": chosen.block_q, "BLOCK_K": chosen.block_k, "num_warps": chosen.num_warps}
+        return of_call | sizes | {"PARTS": len(parts(self.q.shape[-1]))}
