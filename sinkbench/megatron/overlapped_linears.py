@@ -30,8 +30,9 @@ from torch import Tensor
 from sinkbench.megatron.sequence import Group
 from sinkbench.megatron.weight_gradients import add_product, added, product
 
-SCATTERED_PIECES = 2
-"""More leave less of the last one to wait for, and make products of fewer rows."""
+SCATTERED_PIECES = 4
+"""More leave less of the last one to wait for, and make products of fewer rows. On two H200s at 1.1B four were
+0.4 % faster than two."""
 SMALLEST_PIECE = 2**23
 """Bytes of a piece of all ranks' rows, below which a collective takes its latency rather than its size."""
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -164,6 +164,20 @@ def _seed(seed: int, parallel_state: Any, tensor_parallel: Any) -> None:
     seed += 10000 * parallel_state.get_data_parallel_rank(with_context_parallel=True)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    _let_captures_be(tensor_parallel.get_cuda_rng_tracker())
+
+
+def _let_captures_be(tracker: Any) -> None:
+    """Under sequence parallelism megatron's block runs its layers with the random state of this rank, which
+    cannot be set while a CUDA graph is captured. Nothing in a pass is random: there is no dropout."""
+    fork = tracker.fork
+
+    def unless_capturing(*name: str) -> AbstractContextManager[None]:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        forked: AbstractContextManager[None] = nullcontext() if capturing else fork(*name)
+        return forked
+
+    tracker.fork = unless_capturing
 
 
 def _be_deterministic(device: torch.device) -> None:

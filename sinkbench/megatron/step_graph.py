@@ -72,9 +72,6 @@ def _lacks(config: Config, device: str) -> list[str]:
             config.train.recompute != "none"
         ),
         "does not go with pipeline parallelism, whose ranks wait for each other": parallel.pipeline > 1,
-        "does not go with tensor parallelism, for which megatron sets random states in every pass": (
-            parallel.tensor > 1
-        ),
     }
     return [what for what, lacking in lacks.items() if lacking]
 

@@ -32,6 +32,7 @@ def losses(engine: Any) -> list[float]:
         "softmax",
         "{name: sigmoid, normalize: false}",
         "{name: softmax, kv_bias: k, value_norm: 5}",
+        "{name: softmax, combine: sum}",
     ],
 )
 def test_the_same_steps(attention: str) -> None:
@@ -41,6 +42,15 @@ def test_the_same_steps(attention: str) -> None:
     with an_engine([*overrides, "train.cuda_graph=true"]) as engine:
         assert losses(engine) == launched
         assert not engine.graphs.given_up
+
+
+def test_summed_heads_have_one_gradient() -> None:
+    """Which all heads read: cuDNN's kernels do not know that."""
+    summed = [*ENGINE, *CARD, "model.attention={name: softmax, combine: sum}", "train.cuda_graph=false"]
+    with an_engine([*summed, "train.deterministic=false", "model.backend=sdpa"]) as engine:
+        fused = losses(engine)
+    with an_engine([*summed, "model.backend=eager"]) as engine:
+        assert losses(engine) == pytest.approx(fused, rel=2e-3)
 
 
 def test_a_model_that_waits_for_the_card() -> None:

@@ -64,5 +64,6 @@ def test_a_table_that_ends_near(
     (near,) = torch.autograd.grad(attend(q, k, v, table), table, grad)
     monkeypatch.setattr(triton_call, "NEAR", -1)
     (any_table,) = torch.autograd.grad(attend(q, k, v, table), table, grad)
-    torch.testing.assert_close(near, any_table, rtol=1e-4, atol=1e-5)
+    # The last is what the others leave of nothing: its rounding is that of their sum.
+    torch.testing.assert_close(near, any_table, rtol=1e-4, atol=3e-5)
     assert near[:, : min(last, WINDOW)].abs().min() > 0
