@@ -12,6 +12,7 @@ import logging
 import os
 from functools import cache
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,6 +81,13 @@ def call() -> type[Call]:
     from sinkbench.attention.hopper_call import HopperCall
 
     return HopperCall
+
+
+def importance() -> ModuleType:
+    """Importance's kernels; as ``call``."""
+    from sinkbench.attention import hopper_importance
+
+    return hopper_importance
 
 
 def parts(head_size: int) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sinkbench.attention import hopper
 from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE
 from sinkbench.attention.triton_importance_kernels import column_sums, row_sums
@@ -94,11 +95,15 @@ class Scores:
         total = torch.empty(shape, dtype=torch.float32, device=device)
         absolute = None if self.function is None else torch.empty_like(total)
         query, key, arguments, switches = self._arguments(total)
+        into = (total, total if absolute is None else absolute)
+        if tiles is None and hopper.can_read(query, key):
+            hopper.importance().launch_rows(query, key, into, arguments, switches)
+            return total, absolute
         bias, position, *numbers = arguments
         kernel = "short rows" if length <= SHORT_ROWS and self.function is None else "rows"
         chosen = tiles or self._tiles("rows with distances" if self._by_distance else kernel)
         row_sums[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
-            query, key, total, total if absolute is None else absolute, bias, position,
+            query, key, *into, bias, position,
             *query.stride()[:3], *key.stride()[:3], heads, heads // key.shape[1], length, batch * heads,
             pairs_in_cache(key), *numbers,
             **switches, **_options(chosen),
@@ -124,7 +129,10 @@ class Scores:
         batch, heads, length, _ = self.query_bhtd.shape
         softmax = self.function is None
         kernel = "columns" if softmax and not self._by_distance else "columns with more"
+        on_hopper = tiles is None and hopper.can_read(self.query_bhtd, self.key_bgtd)
         chosen = tiles or self._tiles(kernel if columns > FEW_COLUMNS else "few columns")
+        if on_hopper:
+            chosen = hopper.importance().COLUMNS
         blocks = triton.cdiv(columns, chosen.block_k)
         parts = min(COLUMN_PARTS, triton.cdiv(length, chosen.block_q))
         parts = min(parts, max(COLUMN_PROGRAMS // (blocks * batch * heads), 1))
@@ -133,14 +141,18 @@ class Scores:
         raw = whole_blocks(raw_bht * UNIT if softmax else raw_bht, float("-inf") if softmax else 0.0)
         query, key, arguments, switches = self._arguments(raw)
         bias, position, *numbers = arguments
-        column_sums[(blocks * batch * heads, parts)](
-            query, key, raw, raw if proxy_bht is None else whole_blocks(proxy_bht, 0.0),
-            bias, position, out, *query.stride()[:3], *key.stride()[:3],
-            heads, heads // key.shape[1], length, batch * heads, pairs_in_cache(query), columns, offset,
-            *numbers,
-            PROXY=proxy_bht is not None, EVEN=length % chosen.block_q == 0,
-            **switches, **_options(chosen),
-        )  # fmt: skip
+        proxy = None if proxy_bht is None else whole_blocks(proxy_bht, 0.0)
+        if on_hopper:
+            hopper.importance().launch_columns(query, key, raw, proxy, out, offset, arguments, switches)
+        else:
+            column_sums[(blocks * batch * heads, parts)](
+                query, key, raw, raw if proxy is None else proxy,
+                bias, position, out, *query.stride()[:3], *key.stride()[:3],
+                heads, heads // key.shape[1], length, batch * heads, pairs_in_cache(query), columns, offset,
+                *numbers,
+                PROXY=proxy is not None, EVEN=length % chosen.block_q == 0,
+                **switches, **_options(chosen),
+            )  # fmt: skip
         sums = out.sum(1) if parts > 1 else out[:, 0]
         return sums[0], None if proxy_bht is None else sums[1]
 
