@@ -14,13 +14,23 @@ from sinkbench.attention.hopper_importance_kernels import column_sums, row_sums
 from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_tensors import pairs_in_cache
 
-ROWS = Tiles(64, 128, 4, 2)
+ROWS = Tiles(64, 64, 4, 2)
+LONG_ROWS = Tiles(128, 128, 8, 2)
 COLUMNS = Tiles(64, 64, 4, 2)
+COLUMNS_OF_LARGE_HEADS = Tiles(64, 128, 8, 2)
+"""For heads beyond 96, of which fewer small programs fit the shared memory."""
+
+
+def tiles_of_rows(query: Tensor) -> Tiles:
+    return ROWS if query.shape[2] <= 4096 else LONG_ROWS
+
+
+def tiles_of_columns(query: Tensor, columns: int) -> Tiles:
+    return COLUMNS if query.shape[3] <= 96 or columns <= 64 else COLUMNS_OF_LARGE_HEADS
 
 
 def launch_rows(
-    query: Tensor, key: Tensor, into: Sequence[Tensor], numbers: Sequence[Any], switches: dict[str, Any],
-    chosen: Tiles = ROWS,
+    query: Tensor, key: Tensor, into: Sequence[Tensor], numbers: Sequence[Any], switches: dict[str, Any]
 ) -> None:  # fmt: skip
     """Sums [b, h, t] of rows into two tensors, as ``Scores.row_sums`` says.
 
@@ -29,6 +39,7 @@ def launch_rows(
     """
     batch, heads, length, _ = query.shape
     bias, position, *others = numbers
+    chosen = tiles_of_rows(query)
     row_sums[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
         *described(query, chosen.block_q), *described(key, chosen.block_k), *into, bias, position,
         heads, heads // key.shape[1], length, batch * heads, pairs_in_cache(key), *others,
@@ -38,7 +49,7 @@ def launch_rows(
 
 def launch_columns(
     query: Tensor, key: Tensor, raw: Tensor, proxy: Tensor | None, out: Tensor, offset: int,
-    numbers: Sequence[Any], switches: dict[str, Any], chosen: Tiles = COLUMNS,
+    numbers: Sequence[Any], switches: dict[str, Any],
 ) -> None:  # fmt: skip
     """Sums of columns from ``offset`` on into [1 or 2, parts, b, h, columns], as ``Scores.column_sums`` says.
 
@@ -48,6 +59,7 @@ def launch_columns(
     batch, heads, length, _ = query.shape
     columns = out.shape[-1]
     bias, position, *others = numbers
+    chosen = tiles_of_columns(query, columns)
     column_sums[(triton.cdiv(columns, chosen.block_k) * batch * heads, out.shape[1])](
         *described(query, chosen.block_q), *described(key, chosen.block_k),
         described_by_row(raw.flatten(0, 1), chosen.block_q),

@@ -16,6 +16,7 @@ from sinkbench.attention.hopper_blocks import (
     fetch,
     fetch_one,
     in_registers,
+    matrices,
     meet,
     parts,
     product,
@@ -270,7 +271,7 @@ def column_sums(
     raw = gl.zeros([BLOCK_K], gl.float32, KEYS)
     proxy = gl.zeros([BLOCK_K], gl.float32, KEYS)
     mbarrier.wait(own_come.index(0), 0)
-    k = in_registers(k_block, gl.DotOperandLayout(0, SCORES, 2))
+    k = matrices(k_block)  # in registers it would leave room for fewer programs
     for n in range(masked):
         raw, proxy = _column_sums_block(
             n, turns, start, step, batch, head, pair, keys, k, q_from, raw_from, proxy_from, q_ring, raw_ring,
