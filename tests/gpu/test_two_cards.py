@@ -43,7 +43,7 @@ def test_tensor_parallel_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, value in {**address, "NCCL_NVLS_ENABLE": "0"}.items():
         monkeypatch.setenv(name, value)
     for graph in (False, True):
-        spawn(rank_steps, (graph, tmp_path), nprocs=2)  # type: ignore[no-untyped-call]
+        spawn(rank_steps, (graph, tmp_path), nprocs=2)
     for name in address:
         monkeypatch.delenv(name)
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.iterdir()}
