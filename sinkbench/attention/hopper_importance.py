@@ -17,16 +17,11 @@ from sinkbench.attention.triton_tensors import pairs_in_cache
 ROWS = Tiles(64, 64, 4, 2)
 LONG_ROWS = Tiles(128, 128, 8, 2)
 COLUMNS = Tiles(64, 64, 4, 2)
-COLUMNS_OF_LARGE_HEADS = Tiles(64, 128, 8, 2)
-"""For heads beyond 96, of which fewer small programs fit the shared memory."""
 
 
 def tiles_of_rows(query: Tensor) -> Tiles:
+    """Measured on an H200 (benchmarks/LOG.md), as the columns' are."""
     return ROWS if query.shape[2] <= 4096 else LONG_ROWS
-
-
-def tiles_of_columns(query: Tensor, columns: int) -> Tiles:
-    return COLUMNS if query.shape[3] <= 96 or columns <= 64 else COLUMNS_OF_LARGE_HEADS
 
 
 def launch_rows(
@@ -59,7 +54,7 @@ def launch_columns(
     batch, heads, length, _ = query.shape
     columns = out.shape[-1]
     bias, position, *others = numbers
-    chosen = tiles_of_columns(query, columns)
+    chosen = COLUMNS
     column_sums[(triton.cdiv(columns, chosen.block_k) * batch * heads, out.shape[1])](
         *described(query, chosen.block_q), *described(key, chosen.block_k),
         described_by_row(raw.flatten(0, 1), chosen.block_q),

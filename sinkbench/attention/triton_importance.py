@@ -132,7 +132,7 @@ class Scores:
         on_hopper = tiles is None and hopper.can_read(self.query_bhtd, self.key_bgtd)
         chosen = tiles or self._tiles(kernel if columns > FEW_COLUMNS else "few columns")
         if on_hopper:
-            chosen = hopper.importance().tiles_of_columns(self.query_bhtd, columns)
+            chosen = hopper.importance().COLUMNS
         blocks = triton.cdiv(columns, chosen.block_k)
         parts = min(COLUMN_PARTS, triton.cdiv(length, chosen.block_q))
         parts = min(parts, max(COLUMN_PROGRAMS // (blocks * batch * heads), 1))

@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -187,6 +187,14 @@ def _be_deterministic(device: torch.device) -> None:
         torch.backends.cudnn.benchmark = False
 
 
+_before_leaving: list[Callable[[], None]] = []
+
+
+def before_leaving(do: Callable[[], None]) -> None:
+    """Has something done whenever a process is about to leave its groups."""
+    _before_leaving.append(do)
+
+
 def shutdown(*, keep_process_group: bool = False) -> None:
     """Takes megatron's groups down and leaves the process group; ``start`` can be called again.
 
@@ -197,6 +205,8 @@ def shutdown(*, keep_process_group: bool = False) -> None:
         return
     from megatron.core import parallel_state
 
+    for do in _before_leaving:
+        do()
     parallel_state.destroy_model_parallel()
     if not keep_process_group:
         dist.destroy_process_group()

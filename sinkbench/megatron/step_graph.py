@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from sinkbench.api import Batch
 from sinkbench.config import Config
 from sinkbench.errors import RecipeError
-from sinkbench.megatron.parallel import Layout
+from sinkbench.megatron.parallel import Layout, before_leaving
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +90,18 @@ class _Memory:
     batch: Batch
     report: Tensor
     tokens: Tensor
+
+
+_captured: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+
+
+def _forget() -> None:
+    """NCCL leaves no group while there are graphs that hold its kernels: it would wait for ever."""
+    for graph in _captured:
+        graph.reset()
+
+
+before_leaving(_forget)
 
 
 class StepGraphs:
@@ -188,6 +201,7 @@ class CudaRecorder:
             random.graphsafe_set_state(before)  # its own would wait for this capture's end for ever
             raise
         self._pool = graph.pool()
+        _captured.add(graph)
         return graph
 
 

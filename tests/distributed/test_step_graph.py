@@ -136,3 +136,25 @@ def rank_is_refused(rank: int, world_size: int, overrides: tuple[str, ...], text
 
 def test_a_processor_has_none(run_distributed: RunDistributed) -> None:
     run_distributed(1, rank_is_refused, (), "train.cuda_graph: is for CUDA cards; set it to auto or false")
+
+
+def rank_leaves(rank: int, world_size: int) -> None:
+    from sinkbench.megatron import parallel, step_graph
+
+    class Graph:
+        alive = True
+
+        def reset(self) -> None:
+            assert torch.distributed.is_initialized()
+            self.alive = False
+
+    graph = Graph()
+    step_graph._captured.add(graph)  # type: ignore[arg-type]
+    with parallel.running(prepare(TINY)[0]):
+        assert graph.alive
+    assert not graph.alive
+
+
+def test_graphs_end_before_the_process_group(run_distributed: RunDistributed) -> None:
+    """NCCL would wait for them."""
+    run_distributed(1, rank_leaves)
