@@ -1,0 +1,93 @@
+"""Compiles a kernel for Hopper, of the unnormalised sigmoid at head size 96, without a card, and prints what
+the assembler says of it. Ends with code 77 where this Triton has not got what it takes.
+
+    python -m tests.unit.hopper_compiled forward|keys|queries|table|rows|columns
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SIZE = 64
+PARTS = (64, 32)
+"""Of the head size."""
+
+
+def main(name: str) -> int:
+    from sinkbench.attention import hopper
+
+    if obstacle := hopper.missing():
+        print(obstacle)
+        return 77
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from sinkbench.attention import hopper_backward, hopper_forward, hopper_importance_kernels, hopper_table
+
+    kernels: dict[str, Any] = {
+        "forward": hopper_forward.forward,
+        "keys": hopper_backward.backward_keys,
+        "queries": hopper_backward.backward_queries,
+        "table": hopper_table.table_gradient,
+        "rows": hopper_importance_kernels.row_sums,
+        "columns": hopper_importance_kernels.column_sums,
+    }
+    kernel = kernels[name]
+    constants = _constants()
+    blocks = {"q0", "q1", "k0", "k1", "v0", "v1", "do0", "do1"}
+    numbers = {"raw_from": f"tensordesc<fp32[1,{SIZE}],{gl.NVMMASharedLayout(0, 32, 2)!r}>"}
+
+    def kind(argument: str) -> str:
+        if argument in constants:
+            return "constexpr"
+        if argument in blocks:
+            columns = PARTS[int(argument[-1])]
+            layout = gl.NVMMASharedLayout(2 * columns, 16, 4)
+            return f"tensordesc<bf16[1,1,{SIZE},{columns}],{layout!r}>"
+        if argument.endswith("_ptr"):
+            return "*bf16" if argument in ("o_ptr", "dk_ptr", "dv_ptr", "dq_ptr") else "*fp32"
+        return numbers.get(argument, "fp32" if argument in ("scale", "eps") else "i32")
+
+    names = kernel.arg_names
+    source = GluonASTSource(
+        kernel,
+        {argument: kind(argument) for argument in names},
+        {(n,): constants[argument] for n, argument in enumerate(names) if argument in constants},
+        {(n,): [["tt.divisibility", 16]] for n, argument in enumerate(names) if "stride" in argument},
+    )
+    target = GPUTarget("cuda", 90, 32)
+    made = triton.compile(source, target=target, options={"num_warps": 4})
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(made.asm["ptx"], encoding="utf-8")
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "-arch=sm_90a", ptx, "-o", ptx.with_suffix(".cubin")]
+        said = subprocess.run(command, capture_output=True, text=True, check=True)
+    print(said.stderr)
+    return 0
+
+
+def _constants() -> dict[str, Any]:
+    from sinkbench_plugins.attention import _triton
+
+    switches = {"BIAS", "WINDOW", "PREFIX", "DOCUMENTS", "SLOPE_GRADIENT", "SOFTMAX", "PROXY"}
+    return {
+        "F": _triton.sigmoid_by_tanh,
+        "DF": _triton.sigmoid_derivative,
+        "NORMALIZE": 0,
+        "POSITION": 0,
+        "UNIT": 1.0,
+        "PARTS": len(PARTS),
+        **dict.fromkeys(("BLOCK_Q", "BLOCK_K", "BLOCK"), SIZE),
+        **dict.fromkeys(switches, False),
+        **dict.fromkeys(("delta_from", "lse_from", "proxy_from"), None),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
