@@ -13,7 +13,7 @@ import os
 from functools import cache
 from importlib.metadata import version
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -71,6 +71,13 @@ def missing() -> str:
     except (ImportError, AttributeError) as error:
         return f"Triton {found} lacks what they are written with: {error}"
     return ""
+
+
+def takes(function: Any, derivative: Any) -> bool:
+    """Whether Triton functions of a similarity can be part of the kernels."""
+    from sinkbench.attention.hopper_call import compiles
+
+    return compiles(function, derivative)
 
 
 def call() -> type[Call]:

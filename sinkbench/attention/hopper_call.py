@@ -2,24 +2,56 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sinkbench.attention.hopper import parts
 from sinkbench.attention.hopper_backward import backward_keys, backward_queries
+from sinkbench.attention.hopper_blocks import result
 from sinkbench.attention.hopper_forward import forward
 from sinkbench.attention.hopper_table import table_gradient
 from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_call import SOFTMAX, Call
 from sinkbench.attention.triton_tensors import pairs_in_cache
 
+_log = logging.getLogger(__name__)
+
 SWIZZLED_BYTES = 128
 """Of a row in shared memory, at most, in the order in which products do not wait for its banks."""
+
+
+@gluon.jit
+def _applied(target, F: gl.constexpr, DF: gl.constexpr, SIZE: gl.constexpr):
+    layout: gl.constexpr = result(SIZE, gl.num_warps())
+    s = gl.full([SIZE, SIZE], 0.5, gl.float32, layout)
+    p = F(s)
+    rows = gl.arange(0, SIZE, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))
+    gl.store(target + rows[:, None] * SIZE + columns[None, :], DF(s, p))
+
+
+@cache
+def compiles(function: Any, derivative: Any) -> bool:
+    """Whether Triton functions of a similarity can be part of the kernels. Elementwise operations can; a
+    tensor that a function makes itself has no layout here. Such functions are left to the Triton kernels, and
+    a line goes to the log."""
+    try:
+        _applied.warmup(torch.float32, F=function, DF=derivative, SIZE=64, grid=(1,))
+    except CompilationError as error:
+        reason = " ".join(str(error.__cause__ or error).split())[-200:]
+        _log.warning("%s is not computed by the kernels for Hopper: %s", function.__name__, reason)
+        return False
+    return True
 
 
 def described(x_bhtd: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:

@@ -44,7 +44,7 @@ class _Attention(torch.autograd.Function):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         size = q.shape[:3] if s.normalize else (1,)
         rows = torch.empty(size, dtype=torch.float32, device=q.device)
-        out = _call(q, k, v)(q, k, v, bias, position, documents, s, rows).outputs()
+        out = _call(s, q, k, v)(q, k, v, bias, position, documents, s, rows).outputs()
         ctx.save_for_backward(q, k, v, bias, position, documents, out if s.normalize else None, rows)
         ctx.settings = s
         ctx.set_materialize_grads(False)
@@ -57,7 +57,7 @@ class _Attention(torch.autograd.Function):
         if grad is None:  # of the output of a softmax: its log-sum-exp alone was used
             grad = torch.zeros_like(out)
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        call = _call(q, k, v, grad)(q, k, v, bias, position, documents, s, rows)
+        call = _call(s, q, k, v, grad)(q, k, v, bias, position, documents, s, rows)
         by_row: Sequence[Tensor] = (rows, rows)
         if s.normalize:
             grad, *by_row = call.divided_gradient(grad, out, of_rows)
@@ -82,9 +82,10 @@ class _Attention(torch.autograd.Function):
         return dq, dk, dv, dbias, dposition, None, None
 
 
-def _call(*tensors: Tensor) -> type[Call]:
-    """The kernels for such tensors."""
-    return hopper.call() if hopper.can_read(*tensors) else Call
+def _call(s: Settings, *tensors: Tensor) -> type[Call]:
+    """The kernels for such tensors and functions."""
+    for_hopper = hopper.can_read(*tensors) and hopper.takes(s.function, s.derivative)
+    return hopper.call() if for_hopper else Call
 
 
 def attend(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sinkbench.attention import hopper
 from sinkbench.attention.tiles import Tiles
-from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE
+from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE, itself
 from sinkbench.attention.triton_importance_kernels import column_sums, row_sums
 from sinkbench.attention.triton_tensors import (
     is_wide,
@@ -96,7 +96,7 @@ class Scores:
         absolute = None if self.function is None else torch.empty_like(total)
         query, key, arguments, switches = self._arguments(total)
         into = (total, total if absolute is None else absolute)
-        if tiles is None and hopper.can_read(query, key):
+        if tiles is None and self._on_hopper:
             hopper.importance().launch_rows(query, key, into, arguments, switches)
             return total, absolute
         bias, position, *numbers = arguments
@@ -129,7 +129,7 @@ class Scores:
         batch, heads, length, _ = self.query_bhtd.shape
         softmax = self.function is None
         kernel = "columns" if softmax and not self._by_distance else "columns with more"
-        on_hopper = tiles is None and hopper.can_read(self.query_bhtd, self.key_bgtd)
+        on_hopper = tiles is None and self._on_hopper
         chosen = tiles or self._tiles(kernel if columns > FEW_COLUMNS else "few columns")
         if on_hopper:
             chosen = hopper.importance().COLUMNS
@@ -155,6 +155,11 @@ class Scores:
             )  # fmt: skip
         sums = out.sum(1) if parts > 1 else out[:, 0]
         return sums[0], None if proxy_bht is None else sums[1]
+
+    @property
+    def _on_hopper(self) -> bool:
+        f = self.function
+        return hopper.can_read(self.query_bhtd, self.key_bgtd) and (f is None or hopper.takes(f, itself))
 
     @property
     def _by_distance(self) -> bool:

@@ -1,7 +1,9 @@
 """Compiles a kernel for Hopper, of the unnormalised sigmoid at head size 96, without a card, and prints what
 the assembler says of it. Ends with code 77 where this Triton has not got what it takes.
 
-    python -m tests.unit.hopper_compiled forward|keys|queries|table|rows|columns
+    python -m tests.unit.hopper_compiled forward|keys|queries|table|rows|columns|functions
+
+The last prints which functions the kernels take, of a sigmoid and of one that makes a tensor.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ def main(name: str) -> int:
     if obstacle := hopper.missing():
         print(obstacle)
         return 77
+    if name == "functions":
+        print(_taken())
+        return 0
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
@@ -70,6 +75,30 @@ def main(name: str) -> int:
         said = subprocess.run(command, capture_output=True, text=True, check=True)
     print(said.stderr)
     return 0
+
+
+def _taken() -> list[bool]:
+    """With a driver that has a card's target and no card."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class NoCard:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, _: int) -> int:
+            return 0
+
+    driver.set_active(NoCard())
+    from sinkbench_plugins.attention import _triton
+
+    from sinkbench.attention import hopper
+    from tests.unit.making_function import makes_a_tensor
+
+    return [hopper.takes(f, _triton.sigmoid_derivative) for f in (_triton.sigmoid, makes_a_tensor)]
 
 
 def _constants() -> dict[str, Any]:

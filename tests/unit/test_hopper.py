@@ -35,20 +35,31 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopper.missing() == "SINKBENCH_HOPPER is 0"
 
 
-@pytest.mark.parametrize("kernel", ["forward", "keys", "queries", "table", "rows", "columns"])
-def test_products_are_under_way_beside_one_another(kernel: str) -> None:
-    """The compiler for the card runs each alone, and says so, where it finds their sums touched meanwhile. In
-    a process of its own, as the interpreter may be on in this one."""
-    compiled = subprocess.run(
-        [sys.executable, "-m", "tests.unit.hopper_compiled", kernel],
+def compiled(what: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own, as the interpreter may be on in this one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.hopper_compiled", what],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         timeout=100,
         check=False,
     )
-    if compiled.returncode == 77:
-        pytest.skip(compiled.stdout.strip())
-    assert compiled.returncode == 0, compiled.stderr
-    assert "serialized" not in compiled.stdout, compiled.stdout
-    assert ", 0 bytes spill stores" in compiled.stdout, compiled.stdout
+    if done.returncode == 77:
+        pytest.skip(done.stdout.strip())
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("kernel", ["forward", "keys", "queries", "table", "rows", "columns"])
+def test_products_are_under_way_beside_one_another(kernel: str) -> None:
+    """The compiler for the card runs each alone, and says so, where it finds their sums touched meanwhile."""
+    said = compiled(kernel).stdout
+    assert "serialized" not in said, said
+    assert ", 0 bytes spill stores" in said, said
+
+
+def test_functions_that_they_cannot_take_are_left_to_triton() -> None:
+    done = compiled("functions")
+    assert done.stdout.split() == ["[True,", "False]"]
+    assert "makes_a_tensor is not computed by the kernels for Hopper" in done.stderr
