@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 from functools import cache
-from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,9 @@ def missing() -> str:
     """Why the kernels cannot be compiled, or are not wanted; empty if they can."""
     if os.environ.get("SINKBENCH_HOPPER", "1") == "0":
         return "SINKBENCH_HOPPER is 0"
-    found = version("triton")
+    import triton
+
+    found: str = triton.__version__
     if tuple(int(part) for part in found.split(".")[:2]) < SINCE:
         return f"Triton is {found}, and they need {'.'.join(map(str, SINCE))}"
     try:

@@ -68,10 +68,11 @@ def _fetch_queries(
 def _backward_keys_block(
     n, start, count, batch, head, pair, keys, k, v, q_from, do_from, delta_from, lse_from, q_ring, do_ring,
     delta_ring, lse_ring, come, dk, dv, db, dslope, scale, bias, window, prefix, documents_ptr, position_ptr,
-    slope, by_key, ahead, F: gl.constexpr, DF: gl.constexpr, NORMALIZE: gl.constexpr, BIAS: gl.constexpr,
-    POSITION: gl.constexpr, BIAS_GRADIENT: gl.constexpr, SLOPE_GRADIENT: gl.constexpr, WINDOW: gl.constexpr,
-    PREFIX: gl.constexpr, DOCUMENTS: gl.constexpr, MASK: gl.constexpr, UNIT: gl.constexpr, BLOCK_Q:
-    gl.constexpr, BLOCK_K: gl.constexpr,
+    slope, by_key, ahead,
+    F: gl.constexpr, DF: gl.constexpr, NORMALIZE: gl.constexpr, BIAS: gl.constexpr, POSITION: gl.constexpr,
+    BIAS_GRADIENT: gl.constexpr, SLOPE_GRADIENT: gl.constexpr, WINDOW: gl.constexpr, PREFIX: gl.constexpr,
+    DOCUMENTS: gl.constexpr, MASK: gl.constexpr, UNIT: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     stage = n % STAGES
     at = start + n * BLOCK_Q

@@ -86,10 +86,10 @@ def _times(part, by_row):
 @gluon.jit
 def _forward_block(
     n, start, count, batch, kv, rows, since, q, k_from, v_from, k_ring, v_ring, k_come, v_come, p, o, r,
-    largest, scale, bias, window, prefix, position_ptr, slope, by_key, ahead, F: gl.constexpr, NORMALIZE:
-    gl.constexpr, BIAS: gl.constexpr, POSITION: gl.constexpr, WINDOW: gl.constexpr, PREFIX: gl.constexpr,
-    DOCUMENTS: gl.constexpr, MASK: gl.constexpr, UNIT: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K:
-    gl.constexpr,
+    largest, scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
+    F: gl.constexpr, NORMALIZE: gl.constexpr, BIAS: gl.constexpr, POSITION: gl.constexpr,
+    WINDOW: gl.constexpr, PREFIX: gl.constexpr, DOCUMENTS: gl.constexpr, MASK: gl.constexpr,
+    UNIT: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Weights of block n, and the outputs with the weights ``p`` of the block before it."""
     stage, last = n % STAGES, (n - 1) % STAGES

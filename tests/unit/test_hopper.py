@@ -22,13 +22,13 @@ def test_tensors_of_a_processor_are_not_for_them() -> None:
 
 
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hopper, "version", lambda _: "3.5.1")
+    monkeypatch.setattr("triton.__version__", "3.5.1")
     assert hopper.missing() == "Triton is 3.5.1, and they need 3.6"
 
     def lacks() -> None:
         raise ImportError("no name 'warpgroup_mma'")
 
-    monkeypatch.setattr(hopper, "version", lambda _: "4.0.0+git1")
+    monkeypatch.setattr("triton.__version__", "4.0.0+git1")
     monkeypatch.setattr(hopper, "call", lacks)
     assert "4.0.0+git1 lacks" in hopper.missing()
     monkeypatch.setenv("SINKBENCH_HOPPER", "0")
