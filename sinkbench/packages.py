@@ -33,6 +33,8 @@ PACKAGES = {
     "apex": Package("NVIDIA Apex", "apex", ("apex", "amp_C")),
 }
 """By what a recipe calls them."""
+EXTENSIONS = {("model.norms", "apex"): "fused_layer_norm_cuda"}
+"""What a key and value need of a package that can be built without."""
 
 
 def is_installed(package: Package) -> bool:
@@ -69,8 +71,8 @@ def check(config: Config, *, on_card: bool) -> None:
         on_card: the run is on a CUDA card.
 
     Raises:
-        HostError: a package that the recipe names is not installed, there is no card for it, or it does not
-            compute in the recipe's precision.
+        HostError: a package that the recipe names is not installed, or not as a whole, there is no card for
+            it, or it does not compute in the recipe's precision.
     """
     for key, value, instead in asked_for(config):
         package = PACKAGES[value]
@@ -78,6 +80,10 @@ def check(config: Config, *, on_card: bool) -> None:
             raise HostError(
                 key, f"{value} is {package.name}, which is not installed", f"install it, or write {instead}"
             )
+        extension = EXTENSIONS.get((key, value))
+        if extension is not None and find_spec(extension) is None:
+            problem = f"{value} is {package.name}, which was built without {extension}"
+            raise HostError(key, problem, f"build it with its CUDA extensions, or write {instead}")
         if not on_card:
             raise HostError(key, f"{value} is {package.name}, which needs a CUDA card", f"write {instead}")
     if config.model.linear_maps == "te" and config.train.precision == "fp32":

@@ -113,6 +113,11 @@ def config_of(*overrides: str) -> Config:
             "te is transformer_engine, which is not installed; install it, or write auto",
         ),
         ("model.norms=apex", "", "apex is NVIDIA Apex, which is not installed; install it, or write local"),
+        (
+            "model.norms=apex",
+            "apex amp_C",
+            "apex is NVIDIA Apex, which was built without fused_layer_norm_cuda; build it with ...",
+        ),
         # Of another project by that name.
         (
             "optim.implementation=apex",
