@@ -173,7 +173,7 @@ def _let_captures_be(tracker: Any) -> None:
     fork = tracker.fork
 
     def unless_capturing(*name: str) -> AbstractContextManager[None]:
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         forked: AbstractContextManager[None] = nullcontext() if capturing else fork(*name)
         return forked
 
