@@ -38,6 +38,7 @@ from sinkbench.attention.triton_blocks import (
     rows_of,
     scores,
     visible,
+    weigh,
 )
 
 
@@ -54,28 +55,12 @@ def _weights(
         s, scale, bias, 0.0, rows[:, None], keys[None, :], since[:, None], at,
         position_ptr, slope, by_key, ahead, BIAS, False, POSITION, PREFIX, UNIT,
     )  # fmt: skip
+    seen = s
     if MASK:
         seen = visible(
             rows[:, None], keys[None, :], since[:, None], window, prefix, WINDOW, PREFIX, DOCUMENTS
         )
-    fade = r
-    if NORMALIZE == 3:
-        if MASK:
-            s = gl.where(seen, s, float("-inf"))
-        now = gl.maximum(largest, gl.max(s, 1))
-        # A row may have seen no key yet: then it has no largest score to be compared with.
-        level = gl.where(now == float("-inf"), 0.0, now)
-        p = F(s - level[:, None])
-        fade = F(largest - level)
-        r = r * fade + gl.sum(p, 1)
-        largest = now
-    else:
-        p = F(s)
-        if MASK:
-            p = gl.where(seen, p, 0.0)
-        if NORMALIZE:
-            r += gl.sum(p, 1)
-    return p, r, largest, fade
+    return weigh(s, seen, r, largest, F, NORMALIZE, MASK)
 
 
 @gluon.jit

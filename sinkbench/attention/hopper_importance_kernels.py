@@ -27,6 +27,7 @@ from sinkbench.attention.hopper_blocks import (
     turned,
 )
 from sinkbench.attention.triton_blocks import key_range, load_position, place, scores, visible
+from sinkbench.attention.triton_importance_kernels import add_weights
 from sinkbench.triton_math import exp2
 
 
@@ -44,7 +45,6 @@ def _row_sums_block(
     WINDOW: gl.constexpr, PREFIX: gl.constexpr, MASK: gl.constexpr, LEVEL: gl.constexpr,
     UNIT: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """LEVEL: ``largest`` stays what a softmax's scores are compared with."""
     stage = n % STAGES
     mbarrier.wait(come.index(stage), n // STAGES & 1)
     s = product(q, turned(stage_of(k_ring, stage)), BLOCK_Q, BLOCK_K)
@@ -59,26 +59,10 @@ def _row_sums_block(
         s, scale, bias, 0.0, rows[:, None], keys[None, :], 0, at, position_ptr, slope, False, ahead,
         BIAS, False, POSITION, PREFIX, UNIT,
     )  # fmt: skip
+    seen = s
     if MASK:
         seen = visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False)
-    if SOFTMAX:
-        if MASK:
-            s = gl.where(seen, s, float("-inf"))
-        if LEVEL:
-            total += gl.sum(exp2(s - largest[:, None]), 1)
-        else:
-            now = gl.maximum(largest, gl.max(s, 1))
-            # A row may have seen no key yet: then it has no largest score to be compared with.
-            level = gl.where(now == float("-inf"), 0.0, now)
-            total = total * exp2(largest - level) + gl.sum(exp2(s - level[:, None]), 1)
-            largest = now
-    else:
-        p = F(s)
-        if MASK:
-            p = gl.where(seen, p, 0.0)
-        total += gl.sum(p, 1)
-        absolute += gl.sum(gl.abs(p), 1)
-    return total, absolute, largest
+    return add_weights(s, seen, total, absolute, largest, F, SOFTMAX, MASK, LEVEL)
 
 
 @gluon.jit
@@ -155,10 +139,9 @@ def row_sums(
                     s, scale * UNIT, bias, 0.0, rows[:, None], keys[None, :], 0, at, position_ptr, slope,
                     False, ahead, BIAS, False, POSITION, PREFIX, UNIT,
                 )  # fmt: skip
-                now = gl.maximum(largest, gl.max(more, 1))
-                level = gl.where(now == float("-inf"), 0.0, now)
-                total = total * exp2(largest - level) + gl.sum(exp2(more - level[:, None]), 1)
-                largest = now
+                total, absolute, largest = add_weights(
+                    more, more, total, absolute, largest, F, SOFTMAX, False, False
+                )
     release(own_come, 1)
     release(come, STAGES)
     inside = rows < length

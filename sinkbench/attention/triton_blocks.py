@@ -202,6 +202,34 @@ def visible(
 
 
 @triton.jit
+def weigh(s, seen, r, largest, F: tl.constexpr, NORMALIZE: tl.constexpr, MASK: tl.constexpr):
+    """Weights of a block of scores [q, k], the rows' sums with them, their largest scores, and with a softmax
+    (NORMALIZE 3) what outputs so far fade by.
+
+    Args:
+        seen: with MASK, which keys the rows see.
+    """
+    fade = r
+    if NORMALIZE == 3:
+        if MASK:
+            s = tl.where(seen, s, float("-inf"))
+        now = tl.maximum(largest, tl.max(s, 1))
+        # A row may have seen no key yet: then it has no largest score to be compared with.
+        level = tl.where(now == float("-inf"), 0.0, now)
+        p = F(s - level[:, None])
+        fade = F(largest - level)
+        r = r * fade + tl.sum(p, 1)
+        largest = now
+    else:
+        p = F(s)
+        if MASK:
+            p = tl.where(seen, p, 0.0)
+        if NORMALIZE:
+            r += tl.sum(p, 1)
+    return p, r, largest, fade
+
+
+@triton.jit
 def key_range(
     block, length, window, prefix, documents_ptr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_Q: tl.constexpr,

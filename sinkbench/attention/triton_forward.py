@@ -19,6 +19,7 @@ from sinkbench.attention.triton_blocks import (
     rows_of,
     scores,
     visible,
+    weigh,
 )
 
 
@@ -40,29 +41,16 @@ def _forward_block(
         s, scale, bias, 0.0, rows[:, None], keys[None, :], since[:, None], at,
         position_ptr, slope, by_key, ahead, BIAS, False, POSITION, PREFIX, UNIT,
     )  # fmt: skip
+    seen = s
     if MASK:
         seen = visible(
             rows[:, None], keys[None, :], since[:, None], window, prefix, WINDOW, PREFIX, DOCUMENTS
         )
+    p, r, largest, fade = weigh(s, seen, r, largest, F, NORMALIZE, MASK)
     if NORMALIZE == 3:
-        if MASK:
-            s = tl.where(seen, s, float("-inf"))
-        now = tl.maximum(largest, tl.max(s, 1))
-        # A row may have seen no key yet: then it has no largest score to be compared with.
-        level = tl.where(now == float("-inf"), 0.0, now)
-        p = F(s - level[:, None])
-        fade = F(largest - level)
-        r = r * fade + tl.sum(p, 1)
         o0 = o0 * fade[:, None]
         if D1 > 1:
             o1 = o1 * fade[:, None]
-        largest = now
-    else:
-        p = F(s)
-        if MASK:
-            p = tl.where(seen, p, 0.0)
-        if NORMALIZE:
-            r += tl.sum(p, 1)
     p = p.to(q0.dtype)
     o0 = dot(p, load_block(v_ptr, at, first, stride_vt, length, MASK, WIDE, BLOCK_K), o0, PRECISION)
     if D1 > 1:

@@ -36,25 +36,12 @@ def _block_scores(
 
 
 @triton.jit
-def _row_sums_block(
-    at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
-    length, scale, bias, window, prefix, position_ptr, slope, ahead,
-    F: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
-    WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr, LEVEL: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+def add_weights(
+    s, seen, total, absolute, largest,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, MASK: tl.constexpr, LEVEL: tl.constexpr,
 ):  # fmt: skip
-    """LEVEL: ``largest`` stays what a softmax's scores are compared with. Without MASK all keys exist."""
-    keys = at + tl.arange(0, BLOCK_K)
-    k0 = load_block(k_ptr, at, first, stride_kt, length, MASK, WIDE, BLOCK_K)
-    k1 = k0
-    if D1 > 1:
-        k1 = load_block(k_ptr, at, second, stride_kt, length, MASK, WIDE, BLOCK_K)
-    s = _block_scores(
-        q0, k0, q1, k1, rows[:, None], keys[None, :], at, scale, bias, position_ptr, slope, ahead,
-        BIAS, POSITION, PREFIX, PRECISION, UNIT, D1,
-    )  # fmt: skip
-    if MASK:
-        seen = visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False)
+    """Sums of rows with a block of scores [q, k]. LEVEL: ``largest`` stays what a softmax's scores are
+    compared with. ``seen``: with MASK, which keys the rows see."""
     if SOFTMAX:
         if MASK:
             s = tl.where(seen, s, float("-inf"))
@@ -73,6 +60,30 @@ def _row_sums_block(
         total += tl.sum(p, 1)
         absolute += tl.sum(tl.abs(p), 1)
     return total, absolute, largest
+
+
+@triton.jit
+def _row_sums_block(
+    at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
+    length, scale, bias, window, prefix, position_ptr, slope, ahead,
+    F: tl.constexpr, SOFTMAX: tl.constexpr, BIAS: tl.constexpr, POSITION: tl.constexpr,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, MASK: tl.constexpr, LEVEL: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, UNIT: tl.constexpr, D1: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Without MASK all keys exist."""
+    keys = at + tl.arange(0, BLOCK_K)
+    k0 = load_block(k_ptr, at, first, stride_kt, length, MASK, WIDE, BLOCK_K)
+    k1 = k0
+    if D1 > 1:
+        k1 = load_block(k_ptr, at, second, stride_kt, length, MASK, WIDE, BLOCK_K)
+    s = _block_scores(
+        q0, k0, q1, k1, rows[:, None], keys[None, :], at, scale, bias, position_ptr, slope, ahead,
+        BIAS, POSITION, PREFIX, PRECISION, UNIT, D1,
+    )  # fmt: skip
+    seen = s
+    if MASK:
+        seen = visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False)
+    return add_weights(s, seen, total, absolute, largest, F, SOFTMAX, MASK, LEVEL)
 
 
 @triton.jit
