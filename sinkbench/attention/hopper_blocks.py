@@ -30,7 +30,7 @@ meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 @gluon.jit
 def parts(first, second, COUNT: gl.constexpr):
-    """An operand of a kernel's arguments, of which the second is of no account where there is one part."""
+    """An operand of a kernel's arguments; where there is one part, the second is None."""
     return (first, second) if COUNT == 2 else (first,)
 
 

@@ -54,28 +54,30 @@ def compiles(function: Any, derivative: Any) -> bool:
     return True
 
 
-def described(x_bhtd: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """The parts of a tensor in blocks of so many rows; if there is one, twice the same."""
+def described(x_bhtd: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+    """The parts of a tensor in blocks of so many rows."""
+    shape = [*x_bhtd.shape]
     # Of what there is one of, the stride does not matter, but it has to be one that can be.
-    strides = [x_bhtd.stride(n) if x_bhtd.shape[n] > 1 else x_bhtd.shape[-1] for n in range(3)]
+    strides = [stride if size > 1 else shape[3] for size, stride in zip(shape, x_bhtd.stride(), strict=True)]
     bits = 8 * x_bhtd.element_size()
-    first, *second = (
-        TensorDescriptor(
-            x_bhtd,
-            [*x_bhtd.shape],
-            [*strides, 1],
-            [1, 1, rows, columns],
-            gl.NVMMASharedLayout(min(SWIZZLED_BYTES, columns * bits // 8), bits, rank=4),
-        )
-        for columns in parts(x_bhtd.shape[-1])
-    )
-    return first, (second or [first])[0]
+    found = [
+        TensorDescriptor(x_bhtd, shape, strides, [1, 1, rows, columns], _swizzled(columns, bits))
+        for columns in parts(shape[3])
+    ]
+    return found[0], found[1] if len(found) > 1 else None
 
 
 def described_by_row(x_rt: Tensor, rows: int) -> TensorDescriptor:
     """Numbers of rows, float32 [b h, t], in blocks of so many."""
-    layout = gl.NVMMASharedLayout(0, 32, rank=2)
-    return TensorDescriptor(x_rt, [*x_rt.shape], [*x_rt.stride()], [1, rows], layout)
+    return TensorDescriptor(x_rt, [*x_rt.shape], [*x_rt.stride()], [1, rows], _PLAIN)
+
+
+@cache
+def _swizzled(columns: int, bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(min(SWIZZLED_BYTES, columns * bits // 8), bits, rank=4)
+
+
+_PLAIN = gl.NVMMASharedLayout(0, 32, rank=2)
 
 
 class HopperCall(Call):
@@ -84,11 +86,24 @@ class HopperCall(Call):
     kernels = "hopper "
     table_by_itself = True
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._read: dict[tuple[int, int], tuple[TensorDescriptor, TensorDescriptor | None]] = {}
+
+    def _described(self, x: Tensor, rows: int) -> tuple[TensorDescriptor, TensorDescriptor | None]:
+        """Each once: to describe a tensor takes Python as long as to launch a kernel. The call's tensors stay
+        while it does."""
+        key = (id(x), rows)
+        if key not in self._read:
+            self._read[key] = described(x, rows)
+        return self._read[key]
+
     def launch_forward(self, out: Tensor, chosen: Tiles) -> None:
         q, k, v, s = self.q, self.k, self.v, self.s
         batch, heads, length, _ = q.shape
         forward[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
-            *described(q, chosen.block_q), *described(k, chosen.block_k), *described(v, chosen.block_k),
+            *self._described(q, chosen.block_q), *self._described(k, chosen.block_k),
+            *self._described(v, chosen.block_k),
             out, self.rows, self.bias, self.position, self.documents, *out.stride()[:3],
             heads, self.group, length, batch * heads, pairs_in_cache(k, v), s.scale, s.eps, *self.mask,
             F=s.function, **self._switches(chosen),
@@ -135,10 +150,10 @@ class HopperCall(Call):
             F=s.function, DF=s.derivative, BLOCK=size, **switches,
         )  # fmt: skip
 
-    def _read_backward(self, grad: Tensor, chosen: Tiles) -> list[TensorDescriptor]:
+    def _read_backward(self, grad: Tensor, chosen: Tiles) -> list[TensorDescriptor | None]:
         by_query, by_key = chosen.block_q, chosen.block_k
         read = ((self.q, by_query), (self.k, by_key), (self.v, by_key), (grad, by_query))
-        return [part for x, rows in read for part in described(x, rows)]
+        return [part for x, rows in read for part in self._described(x, rows)]
 
     def _switches(self, chosen: Tiles) -> dict[str, Any]:
         others = {"PRECISION", "D0", "D1"}
