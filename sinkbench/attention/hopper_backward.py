@@ -32,6 +32,7 @@ from sinkbench.attention.hopper_blocks import (
     waited,
 )
 from sinkbench.attention.triton_blocks import (
+    derive,
     distance_of,
     far_keys,
     far_queries,
@@ -43,7 +44,6 @@ from sinkbench.attention.triton_blocks import (
     query_range,
     rows_of,
     scores,
-    visible,
 )
 
 
@@ -99,14 +99,10 @@ def _backward_keys_block(
         s, scale, bias, lse[None, :], rows[None, :], keys[:, None], since[None, :], at,
         position_ptr, slope, by_key, ahead, BIAS, NORMALIZE == 3, POSITION, PREFIX, UNIT,
     )  # fmt: skip
-    p = F(s)
-    ds = DF(s, p)
-    if MASK:
-        allowed = visible(
-            rows[None, :], keys[:, None], since[None, :], window, prefix, WINDOW, PREFIX, DOCUMENTS
-        )
-        p = gl.where(allowed, p, 0.0)
-        ds = gl.where(allowed, ds, 0.0)
+    p, ds = derive(
+        s, rows[None, :], keys[:, None], since[None, :], window, prefix,
+        F, DF, WINDOW, PREFIX, DOCUMENTS, MASK,
+    )  # fmt: skip
     dv = add_product(p.to(q_from[0].dtype), matrices(do), dv)
     dp = warpgroup_mma_wait(len(dv), [dp])
     if NORMALIZE:
@@ -244,12 +240,10 @@ def _backward_queries_block(
         s, scale, bias, lse[:, None], rows[:, None], keys[None, :], since[:, None], at,
         position_ptr, slope, by_key, ahead, BIAS, NORMALIZE == 3, POSITION, PREFIX, UNIT,
     )  # fmt: skip
-    ds = DF(s, F(s))
-    if MASK:
-        seen = visible(
-            rows[:, None], keys[None, :], since[:, None], window, prefix, WINDOW, PREFIX, DOCUMENTS
-        )
-        ds = gl.where(seen, ds, 0.0)
+    _, ds = derive(
+        s, rows[:, None], keys[None, :], since[:, None], window, prefix,
+        F, DF, WINDOW, PREFIX, DOCUMENTS, MASK,
+    )  # fmt: skip
     dp = warpgroup_mma_wait(0, [dp])
     if NORMALIZE:
         dp -= delta[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -78,6 +78,14 @@ def _swizzled(columns: int, bits: int) -> gl.NVMMASharedLayout:
 
 
 _PLAIN = gl.NVMMASharedLayout(0, 32, rank=2)
+
+
+def switches_for(shared: Mapping[str, Any], head_size: int, chosen: Tiles) -> dict[str, Any]:
+    """Of what Triton's kernels are compiled with, what these are, and sizes."""
+    others = {"PRECISION", "WIDE", "D0", "D1"}
+    kept = {name: value for name, value in shared.items() if name not in others}
+    sizes = {"BLOCK_Q": chosen.block_q, "BLOCK_K": chosen.block_k, "num_warps": chosen.num_warps}
+    return kept | sizes | {"PARTS": len(parts(head_size))}
 
 
 class HopperCall(Call):
@@ -156,7 +164,4 @@ class HopperCall(Call):
         return [part for x, rows in read for part in self._described(x, rows)]
 
     def _switches(self, chosen: Tiles) -> dict[str, Any]:
-        others = {"PRECISION", "D0", "D1"}
-        of_call = {name: value for name, value in self.switches.items() if name not in others}
-        sizes = {"BLOCK_Q": chosen.block_q, "BLOCK_K": chosen.block_k, "num_warps": chosen.num_warps}
-        return of_call | sizes | {"PARTS": len(parts(self.q.shape[-1]))}
+        return switches_for(self.switches, self.q.shape[-1], chosen)

@@ -29,6 +29,7 @@ from sinkbench.attention.hopper_blocks import (
     waited,
 )
 from sinkbench.attention.triton_blocks import (
+    divisor,
     far_keys,
     key_range,
     load_documents,
@@ -201,16 +202,7 @@ def forward(
     release(v_come, STAGES)
     if NORMALIZE:
         r_rows = r_ptr + pair.to(gl.int64) * length + rows
-        inside = rows < length
-        if NORMALIZE == 3:
-            gl.store(r_rows, (largest + gl.log2(r)) / UNIT, mask=inside)
-            r = gl.where(r == 0.0, 1.0, r)
-        elif NORMALIZE == 2:
-            gl.store(r_rows, r, mask=inside)
-            r = gl.maximum(gl.abs(r), 1.0)
-        else:
-            r += eps
-            gl.store(r_rows, r, mask=inside)
+        r = divisor(r, largest, eps, r_rows, rows < length, NORMALIZE, UNIT)
         o = [_times(part, 1.0 / r) for part in o]
     store(
         o_ptr + batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh,

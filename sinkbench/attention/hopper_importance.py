@@ -8,8 +8,7 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from sinkbench.attention.hopper import parts
-from sinkbench.attention.hopper_call import described, described_by_row
+from sinkbench.attention.hopper_call import described, described_by_row, switches_for
 from sinkbench.attention.hopper_importance_kernels import column_sums, row_sums
 from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_tensors import pairs_in_cache
@@ -26,7 +25,7 @@ def tiles_of_rows(query: Tensor) -> Tiles:
 
 def launch_rows(
     query: Tensor, key: Tensor, into: Sequence[Tensor], numbers: Sequence[Any], switches: dict[str, Any]
-) -> None:  # fmt: skip
+) -> None:
     """Sums [b, h, t] of rows into two tensors, as ``Scores.row_sums`` says.
 
     Args:
@@ -38,7 +37,7 @@ def launch_rows(
     row_sums[(triton.cdiv(length, chosen.block_q) * batch * heads,)](
         *described(query, chosen.block_q), *described(key, chosen.block_k), *into, bias, position,
         heads, heads // key.shape[1], length, batch * heads, pairs_in_cache(key), *others,
-        **_switches(query, switches, chosen),
+        **switches_for(switches, query.shape[3], chosen),
     )  # fmt: skip
 
 
@@ -52,21 +51,13 @@ def launch_columns(
         raw, proxy: [b, h, t] with room for whole blocks.
     """
     batch, heads, length, _ = query.shape
-    columns = out.shape[-1]
+    columns, chosen = out.shape[-1], COLUMNS
     bias, position, *others = numbers
-    chosen = COLUMNS
     column_sums[(triton.cdiv(columns, chosen.block_k) * batch * heads, out.shape[1])](
         *described(query, chosen.block_q), *described(key, chosen.block_k),
         described_by_row(raw.flatten(0, 1), chosen.block_q),
         None if proxy is None else described_by_row(proxy.flatten(0, 1), chosen.block_q),
         bias, position, out,
         heads, heads // key.shape[1], length, batch * heads, pairs_in_cache(query), columns, offset, *others,
-        PROXY=proxy is not None, **_switches(query, switches, chosen),
+        PROXY=proxy is not None, **switches_for(switches, query.shape[3], chosen),
     )  # fmt: skip
-
-
-def _switches(query: Tensor, switches: dict[str, Any], chosen: Tiles) -> dict[str, Any]:
-    others = {"PRECISION", "WIDE", "D0", "D1"}
-    shared = {name: value for name, value in switches.items() if name not in others}
-    sizes = {"BLOCK_Q": chosen.block_q, "BLOCK_K": chosen.block_k, "num_warps": chosen.num_warps}
-    return shared | sizes | {"PARTS": len(parts(query.shape[-1]))}

@@ -27,7 +27,12 @@ from sinkbench.attention.hopper_blocks import (
     turned,
 )
 from sinkbench.attention.triton_blocks import key_range, load_position, place, scores, visible
-from sinkbench.attention.triton_importance_kernels import add_weights
+from sinkbench.attention.triton_importance_kernels import (
+    add_weights,
+    share_of_queries,
+    store_column_sums,
+    store_row_sums,
+)
 from sinkbench.triton_math import exp2
 
 
@@ -144,13 +149,8 @@ def row_sums(
                 )
     release(own_come, 1)
     release(come, STAGES)
-    inside = rows < length
     at_row = pair.to(gl.int64) * length + rows
-    if SOFTMAX:
-        total = (largest + gl.log2(total)) / UNIT
-    gl.store(first_ptr + at_row, total, mask=inside)
-    if not SOFTMAX:
-        gl.store(second_ptr + at_row, absolute, mask=inside)
+    store_row_sums(total, absolute, largest, first_ptr, second_ptr, at_row, rows < length, SOFTMAX, UNIT)
 
 
 @gluon.jit
@@ -220,17 +220,10 @@ def column_sums(
     kv = head // group
     position_ptr += head.to(gl.int64) * count
     key = offset + block * BLOCK_K
-    step = gl.num_programs(1) * BLOCK_Q
-    start = key // BLOCK_Q * BLOCK_Q + part * BLOCK_Q
-    end = length
-    if WINDOW:
-        end = gl.minimum(length, key + BLOCK_K + window)
-        if PREFIX:
-            end = gl.maximum(end, prefix)
+    start, step, masked, end = share_of_queries(
+        key, part, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K
+    )
     turns = gl.cdiv(gl.maximum(end - start, 0), step)
-    masked = turns
-    if not WINDOW:  # the queries after the block see all of its keys
-        masked = gl.cdiv(gl.maximum(gl.minimum(key + BLOCK_K, length) - start, 0), step)
 
     q_from, k_from = parts(q0, q1, PARTS), parts(k0, k1, PARTS)
     k_block, q_ring = block_of(k_from), ring_of(q_from)
@@ -269,10 +262,5 @@ def column_sums(
                 UNIT, BLOCK_Q, BLOCK_K)  # fmt: skip
     release(own_come, 1)
     release(come, STAGES)
-    sums = gl.cast(pairs, gl.int64) * columns
-    out = out_ptr + part.to(gl.int64) * sums + pair.to(gl.int64) * columns
     within = block * BLOCK_K + gl.arange(0, BLOCK_K, layout=KEYS)
-    gl.store(out + within, raw, mask=within < columns)
-    if PROXY:
-        out += gl.num_programs(1) * sums
-        gl.store(out + within, proxy, mask=within < columns)
+    store_column_sums(raw, proxy, out_ptr, within, part, pair, pairs, columns, PROXY)

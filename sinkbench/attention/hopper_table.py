@@ -21,6 +21,7 @@ from sinkbench.attention.hopper_blocks import (
     turned,
 )
 from sinkbench.attention.triton_blocks import load_documents, look_up, rows_of, visible
+from sinkbench.attention.triton_table import diagonal_blocks
 
 
 @gluon.jit
@@ -58,10 +59,7 @@ def table_gradient(
     bias = look_up(table_ptr, ahead + diagonal * BLOCK + down[:, None] - across[None, :]) * UNIT
     if BIAS:
         bias += gl.load(bias_ptr + head) * UNIT
-    start = gl.maximum(0, -diagonal)
-    end = gl.cdiv(length, BLOCK) - gl.maximum(0, diagonal)
-    if PREFIX:  # ahead of the query there is nothing but the prefix
-        end = gl.where(diagonal < 0, gl.minimum(end, gl.cdiv(prefix, BLOCK)), end)
+    start, end = diagonal_blocks(diagonal, length, prefix, PREFIX, BLOCK)
     blocks = gl.maximum(end - start, 1)
     all_blocks = batches * gl.maximum(end - start, 0)
 

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from sinkbench.attention.triton_blocks import (
     at_rows,
+    derive,
     distance_of,
     dot,
     far_keys,
@@ -22,7 +23,6 @@ from sinkbench.attention.triton_blocks import (
     rows_of,
     scores,
     store_by_distance,
-    visible,
 )
 
 
@@ -104,14 +104,10 @@ def _backward_keys_block(
         s, scale, bias, lse[None, :], rows[None, :], keys[:, None], since[None, :], at,
         position_ptr, slope, by_key, ahead, BIAS, NORMALIZE == 3, POSITION, PREFIX, UNIT,
     )  # fmt: skip
-    p = F(s)
-    ds = DF(s, p)
-    if MASK:
-        allowed = visible(
-            rows[None, :], keys[:, None], since[None, :], window, prefix, WINDOW, PREFIX, DOCUMENTS
-        )
-        p = tl.where(allowed, p, 0.0)
-        ds = tl.where(allowed, ds, 0.0)
+    p, ds = derive(
+        s, rows[None, :], keys[:, None], since[None, :], window, prefix,
+        F, DF, WINDOW, PREFIX, DOCUMENTS, MASK,
+    )  # fmt: skip
     if NORMALIZE:
         dp -= tl.load(delta_ptr + rows)[None, :]
     ds = ds * dp
@@ -249,12 +245,10 @@ def _backward_queries_block(
         s, scale, bias, lse[:, None], rows[:, None], keys[None, :], since[:, None], at,
         position_ptr, slope, by_key, ahead, BIAS, NORMALIZE == 3, POSITION, PREFIX, UNIT,
     )  # fmt: skip
-    ds = DF(s, F(s))
-    if MASK:
-        seen = visible(
-            rows[:, None], keys[None, :], since[:, None], window, prefix, WINDOW, PREFIX, DOCUMENTS
-        )
-        ds = tl.where(seen, ds, 0.0)
+    _, ds = derive(
+        s, rows[:, None], keys[None, :], since[:, None], window, prefix,
+        F, DF, WINDOW, PREFIX, DOCUMENTS, MASK,
+    )  # fmt: skip
     if NORMALIZE:
         dp -= delta[:, None]
     ds = ds * dp

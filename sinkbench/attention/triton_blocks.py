@@ -230,6 +230,38 @@ def weigh(s, seen, r, largest, F: tl.constexpr, NORMALIZE: tl.constexpr, MASK: t
 
 
 @triton.jit
+def derive(
+    s, row, key, since, window, prefix,
+    F: tl.constexpr, DF: tl.constexpr, WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr,
+    MASK: tl.constexpr,
+):  # fmt: skip
+    """f and f' of scores, with MASK 0 where a query does not see a key; the rest as for ``visible``."""
+    p = F(s)
+    slope = DF(s, p)
+    if MASK:
+        seen = visible(row, key, since, window, prefix, WINDOW, PREFIX, DOCUMENTS)
+        p = tl.where(seen, p, 0.0)
+        slope = tl.where(seen, slope, 0.0)
+    return p, slope
+
+
+@triton.jit
+def divisor(r, largest, eps, target, inside, NORMALIZE: tl.constexpr, UNIT: tl.constexpr):
+    """What the outputs of rows are divided by: 1 for the sum + eps, 2 for max(|sum|, 1), of which the sum is
+    stored, 3 for the sum of a softmax, of which the logarithm is stored."""
+    if NORMALIZE == 3:
+        tl.store(target, (largest + tl.log2(r)) / UNIT, mask=inside)
+        r = tl.where(r == 0.0, 1.0, r)
+    elif NORMALIZE == 2:
+        tl.store(target, r, mask=inside)
+        r = tl.maximum(tl.abs(r), 1.0)
+    else:
+        r += eps
+        tl.store(target, r, mask=inside)
+    return r
+
+
+@triton.jit
 def key_range(
     block, length, window, prefix, documents_ptr,
     WINDOW: tl.constexpr, PREFIX: tl.constexpr, DOCUMENTS: tl.constexpr, BLOCK_Q: tl.constexpr,

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from sinkbench.attention.triton_blocks import (
     at_rows,
+    divisor,
     dot,
     far_keys,
     key_range,
@@ -69,9 +70,7 @@ def forward(
     WIDE: tl.constexpr, UNIT: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The outputs of one block of queries, and with NORMALIZE what their rows are divided by: 1 for the sum
-    + eps, 2 for max(|sum|, 1), of which the sum is stored, 3 for the sum of a softmax, of which the logarithm
-    is stored."""
+    """The outputs of one block of queries, and with NORMALIZE what ``divisor`` stores."""
     blocks = tl.cdiv(length, BLOCK_Q)
     number, pair = place(blocks, pairs, together)
     block = blocks - 1 - number  # longest rows first
@@ -136,15 +135,7 @@ def forward(
     inside = rows < length
     if NORMALIZE:
         r_rows = r_ptr + pair.to(tl.int64) * length + rows
-        if NORMALIZE == 3:
-            tl.store(r_rows, (largest + tl.log2(r)) / UNIT, mask=inside)
-            r = tl.where(r == 0.0, 1.0, r)
-        elif NORMALIZE == 2:
-            tl.store(r_rows, r, mask=inside)
-            r = tl.maximum(tl.abs(r), 1.0)
-        else:
-            r += eps
-            tl.store(r_rows, r, mask=inside)
+        r = divisor(r, largest, eps, r_rows, inside, NORMALIZE, UNIT)
         o0 = o0 / r[:, None]
         o1 = o1 / r[:, None]
     o_rows = o_ptr + at_rows(rows, stride_ot, WIDE)

@@ -63,6 +63,18 @@ def add_weights(
 
 
 @triton.jit
+def store_row_sums(
+    total, absolute, largest, first_ptr, second_ptr, at_row, inside, SOFTMAX: tl.constexpr, UNIT: tl.constexpr
+):
+    """log sum exp of a row's scores, or the sums of f and |f|."""
+    if SOFTMAX:
+        total = (largest + tl.log2(total)) / UNIT
+    tl.store(first_ptr + at_row, total, mask=inside)
+    if not SOFTMAX:
+        tl.store(second_ptr + at_row, absolute, mask=inside)
+
+
+@triton.jit
 def _row_sums_block(
     at, rows, q0, q1, total, absolute, largest, k_ptr, stride_kt, first, second,
     length, scale, bias, window, prefix, position_ptr, slope, ahead,
@@ -144,13 +156,38 @@ def row_sums(
                     F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, False, False, PRECISION, WIDE, UNIT, D1,
                     BLOCK_K,
                 )  # fmt: skip
-    inside = rows < length
     at_row = pair.to(tl.int64) * length + rows
-    if SOFTMAX:
-        total = (largest + tl.log2(total)) / UNIT
-    tl.store(first_ptr + at_row, total, mask=inside)
-    if not SOFTMAX:
-        tl.store(second_ptr + at_row, absolute, mask=inside)
+    store_row_sums(total, absolute, largest, first_ptr, second_ptr, at_row, rows < length, SOFTMAX, UNIT)
+
+
+@triton.jit
+def share_of_queries(
+    key, part, length, window, prefix,
+    WINDOW: tl.constexpr, PREFIX: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The queries that a program reads for a block of keys: the first one, the step to the next block, of how
+    many blocks not all see these keys, which come first, and the end."""
+    step = tl.num_programs(1) * BLOCK_Q
+    start = key // BLOCK_Q * BLOCK_Q + part * BLOCK_Q
+    end = length
+    if WINDOW:
+        end = tl.minimum(length, key + BLOCK_K + window)
+        if PREFIX:
+            end = tl.maximum(end, prefix)
+        masked = tl.cdiv(tl.maximum(end - start, 0), step)
+    else:  # the queries after the block see all of its keys
+        masked = tl.cdiv(tl.maximum(tl.minimum(key + BLOCK_K, length) - start, 0), step)
+    return start, step, masked, end
+
+
+@triton.jit
+def store_column_sums(raw, proxy, out_ptr, within, part, pair, pairs, columns, PROXY: tl.constexpr):
+    sums = tl.cast(pairs, tl.int64) * columns
+    out = out_ptr + part.to(tl.int64) * sums + pair.to(tl.int64) * columns
+    tl.store(out + within, raw, mask=within < columns)
+    if PROXY:
+        out += tl.num_programs(1) * sums
+        tl.store(out + within, proxy, mask=within < columns)
 
 
 @triton.jit
@@ -219,17 +256,10 @@ def column_sums(
     slope, _ = load_position(position_ptr, POSITION, False, UNIT)
     raw = tl.zeros([BLOCK_K], tl.float32)
     proxy = tl.zeros([BLOCK_K], tl.float32)
-    step = tl.num_programs(1) * BLOCK_Q
-    start = key // BLOCK_Q * BLOCK_Q + part * BLOCK_Q
-    end = length
-    if WINDOW:
-        end = tl.minimum(length, key + BLOCK_K + window)
-        if PREFIX:
-            end = tl.maximum(end, prefix)
-        masked_end = end
-    else:  # the queries after the block see all of its keys
-        blocks = tl.cdiv(tl.maximum(tl.minimum(key + BLOCK_K, length) - start, 0), step)
-        masked_end = start + blocks * step
+    start, step, masked, end = share_of_queries(
+        key, part, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K
+    )
+    masked_end = start + masked * step
     for at in range(start, masked_end, step):
         raw, proxy = _column_sums_block(
             at, keys, k0, k1, raw, proxy, q_ptr, raw_ptr, proxy_ptr, stride_qt, first, second,
@@ -245,10 +275,5 @@ def column_sums(
                 F, SOFTMAX, PROXY, BIAS, POSITION, WINDOW, PREFIX, False, EVEN, PRECISION, WIDE, UNIT, D1,
             BLOCK_Q,
             )  # fmt: skip
-    sums = tl.cast(pairs, tl.int64) * columns
-    out = out_ptr + part.to(tl.int64) * sums + pair.to(tl.int64) * columns
     within = block * BLOCK_K + tl.arange(0, BLOCK_K)
-    tl.store(out + within, raw, mask=within < columns)
-    if PROXY:
-        out += tl.num_programs(1) * sums
-        tl.store(out + within, proxy, mask=within < columns)
+    store_column_sums(raw, proxy, out_ptr, within, part, pair, pairs, columns, PROXY)

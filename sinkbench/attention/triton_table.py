@@ -17,6 +17,16 @@ from sinkbench.attention.triton_blocks import dot, load_documents, load_rows, lo
 
 
 @triton.jit
+def diagonal_blocks(diagonal, length, prefix, PREFIX: tl.constexpr, BLOCK: tl.constexpr):
+    """First and end of the blocks of keys along a diagonal."""
+    start = tl.maximum(0, -diagonal)
+    end = tl.cdiv(length, BLOCK) - tl.maximum(0, diagonal)
+    if PREFIX:  # ahead of the query there is nothing but the prefix
+        end = tl.where(diagonal < 0, tl.minimum(end, tl.cdiv(prefix, BLOCK)), end)
+    return start, end
+
+
+@triton.jit
 def table_gradient(
     q_ptr, k_ptr, v_ptr, do_ptr, delta_ptr, lse_ptr, bias_ptr, table_ptr, documents_ptr, out_ptr,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
@@ -36,10 +46,7 @@ def table_gradient(
     bias = look_up(table_ptr, ahead + diagonal * BLOCK + within[:, None] - within[None, :]) * UNIT
     if BIAS:
         bias += tl.load(bias_ptr + head) * UNIT
-    start = tl.maximum(0, -diagonal)
-    end = tl.cdiv(length, BLOCK) - tl.maximum(0, diagonal)
-    if PREFIX:  # ahead of the query there is nothing but the prefix
-        end = tl.where(diagonal < 0, tl.minimum(end, tl.cdiv(prefix, BLOCK)), end)
+    start, end = diagonal_blocks(diagonal, length, prefix, PREFIX, BLOCK)
     blocks = tl.maximum(end - start, 1)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for i in range(part, batches * (end - start), tl.num_programs(2)):
