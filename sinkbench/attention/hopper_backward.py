@@ -217,14 +217,16 @@ def _backward_queries_block(
     scale, bias, window, prefix, position_ptr, slope, by_key, ahead,
     F: gl.constexpr, DF: gl.constexpr, NORMALIZE: gl.constexpr, BIAS: gl.constexpr,
     POSITION: gl.constexpr, WINDOW: gl.constexpr, PREFIX: gl.constexpr,
-    DOCUMENTS: gl.constexpr, MASK: gl.constexpr, UNIT: gl.constexpr, BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    DOCUMENTS: gl.constexpr, MASK: gl.constexpr, UNIT: gl.constexpr, SHARED: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     stage = n % STAGES
     at = start + n * BLOCK_K
     mbarrier.wait(come.index(stage), n // STAGES & 1)
     k, v = stage_of(k_ring, stage), stage_of(v_ring, stage)
     s = product(q, turned(k), BLOCK_Q, BLOCK_K)
+    if SHARED:  # frees the registers of the last block's left side before more are needed
+        dq = [warpgroup_mma_wait(len(q), [part]) for part in dq]
     dp = product(do, turned(v), BLOCK_Q, BLOCK_K)
     keys = at + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, s.type.tensor_type.layout))
     s = warpgroup_mma_wait(len(q), [s])
@@ -258,10 +260,11 @@ def backward_queries(
     heads, group, length, pairs, together, scale, window, prefix, ahead, count, constant_from,
     F: gl.constexpr, DF: gl.constexpr, NORMALIZE: gl.constexpr, BIAS: gl.constexpr,
     POSITION: gl.constexpr, WINDOW: gl.constexpr, PREFIX: gl.constexpr,
-    DOCUMENTS: gl.constexpr, UNIT: gl.constexpr, PARTS: gl.constexpr, BLOCK_Q: gl.constexpr,
-    BLOCK_K: gl.constexpr,
+    DOCUMENTS: gl.constexpr, UNIT: gl.constexpr, PARTS: gl.constexpr, SHARED: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """As ``triton_backward.backward_queries``, of descriptors of blocks."""
+    """As ``triton_backward.backward_queries``, of descriptors of blocks. SHARED: queries and gradients stay
+    in shared memory, which takes longer to read and leaves registers for a third program."""
     blocks = gl.cdiv(length, BLOCK_Q)
     number, pair = place(blocks, pairs, together)
     block = blocks - 1 - number
@@ -308,15 +311,18 @@ def backward_queries(
         bias = gl.load(bias_ptr + head) * UNIT
     slope, by_key = load_position(position_ptr, POSITION, NORMALIZE == 3 and not WINDOW, UNIT)
     mbarrier.wait(own_come.index(0), 0)
-    q = in_registers(q_block, gl.DotOperandLayout(0, SCORES, 2))
-    do = in_registers(do_block, gl.DotOperandLayout(0, SCORES, 2))
+    if SHARED:
+        q, do = matrices(q_block), matrices(do_block)
+    else:
+        q = in_registers(q_block, gl.DotOperandLayout(0, SCORES, 2))
+        do = in_registers(do_block, gl.DotOperandLayout(0, SCORES, 2))
     dq = nothing(q_from, BLOCK_Q)
     if DOCUMENTS and not WINDOW:
         for n in range(seen_by_all):
             dq = _backward_queries_block(
                 n, start, turns, batch, kv, rows, since, q, do, k_from, v_from, k_ring, v_ring, come, dq,
                 delta, lse, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key,
-                ahead, F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, UNIT,
+                ahead, F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, UNIT, SHARED,
                 BLOCK_Q, BLOCK_K)  # fmt: skip
     if POSITION == 2 and not WINDOW:
         farthest = bias + UNIT * look_up(position_ptr, ahead + constant_from)
@@ -324,19 +330,19 @@ def backward_queries(
             dq = _backward_queries_block(
                 n, start, turns, batch, kv, rows, since, q, do, k_from, v_from, k_ring, v_ring, come, dq,
                 delta, lse, scale * UNIT, farthest, window, prefix, position_ptr, slope,
-                by_key, ahead, F, DF, NORMALIZE, True, 0, WINDOW, PREFIX, DOCUMENTS, False, UNIT,
+                by_key, ahead, F, DF, NORMALIZE, True, 0, WINDOW, PREFIX, DOCUMENTS, False, UNIT, SHARED,
                 BLOCK_Q, BLOCK_K)  # fmt: skip
     for n in range(near, unmasked):
         dq = _backward_queries_block(
             n, start, turns, batch, kv, rows, since, q, do, k_from, v_from, k_ring, v_ring, come, dq,
             delta, lse, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key,
-            ahead, F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, False, UNIT,
+            ahead, F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, False, UNIT, SHARED,
             BLOCK_Q, BLOCK_K)  # fmt: skip
     for n in range(unmasked, turns):
         dq = _backward_queries_block(
             n, start, turns, batch, kv, rows, since, q, do, k_from, v_from, k_ring, v_ring, come, dq,
             delta, lse, scale * UNIT, bias, window, prefix, position_ptr, slope, by_key,
-            ahead, F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, UNIT,
+            ahead, F, DF, NORMALIZE, BIAS, POSITION, WINDOW, PREFIX, DOCUMENTS, True, UNIT, SHARED,
             BLOCK_Q, BLOCK_K)  # fmt: skip
     dq = waited(dq)
     release(own_come, 1)

@@ -84,7 +84,7 @@ def switches_for(shared: Mapping[str, Any], head_size: int, chosen: Tiles) -> di
     """Of what Triton's kernels are compiled with, what these are, and sizes."""
     others = {"PRECISION", "WIDE", "D0", "D1"}
     kept = {name: value for name, value in shared.items() if name not in others}
-    sizes = {"BLOCK_Q": chosen.block_q, "BLOCK_K": chosen.block_k, "num_warps": chosen.num_warps}
+    sizes = {name: value for name, value in chosen.options().items() if name != "num_stages"}
     return kept | sizes | {"PARTS": len(parts(head_size))}
 
 
@@ -142,7 +142,7 @@ class HopperCall(Call):
             *self._read_backward(grad, chosen), dq, *by_row,
             self.bias, self.position, self.documents, *dq.stride()[:3],
             heads, self.group, length, batch * heads, pairs_in_cache(k, v), s.scale, *self.mask,
-            F=s.function, DF=s.derivative, **self._switches(chosen),
+            F=s.function, DF=s.derivative, SHARED=chosen.registers > 0, **self._switches(chosen),
         )  # fmt: skip
 
     def launch_table(self, grad: Tensor, by_row: Sequence[Tensor], blocks: Tensor, nearest: int) -> None:

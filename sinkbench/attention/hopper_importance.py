@@ -15,7 +15,9 @@ from sinkbench.attention.triton_tensors import pairs_in_cache
 
 ROWS = Tiles(64, 64, 4, 2)
 LONG_ROWS = Tiles(128, 128, 8, 2)
-COLUMNS = Tiles(64, 64, 4, 2)
+COLUMNS = Tiles(64, 64, 4, 2, 96)
+COLUMNS_WITH_MORE = Tiles(64, 64, 4, 2)
+"""Where more than a softmax without biases is computed, 96 registers are too few."""
 
 
 def tiles_of_rows(query: Tensor) -> Tiles:
@@ -51,7 +53,9 @@ def launch_columns(
         raw, proxy: [b, h, t] with room for whole blocks.
     """
     batch, heads, length, _ = query.shape
-    columns, chosen = out.shape[-1], COLUMNS
+    columns = out.shape[-1]
+    plain = switches["SOFTMAX"] and not (switches["BIAS"] or switches["POSITION"] or proxy is not None)
+    chosen = COLUMNS if plain else COLUMNS_WITH_MORE
     bias, position, *others = numbers
     column_sums[(triton.cdiv(columns, chosen.block_k) * batch * heads, out.shape[1])](
         *described(query, chosen.block_q), *described(key, chosen.block_k),
@@ -59,5 +63,6 @@ def launch_columns(
         None if proxy is None else described_by_row(proxy.flatten(0, 1), chosen.block_q),
         bias, position, out,
         heads, heads // key.shape[1], length, batch * heads, pairs_in_cache(query), columns, offset, *others,
-        PROXY=proxy is not None, **switches_for(switches, query.shape[3], chosen),
+        PROXY=proxy is not None, REGISTERS=chosen.registers > 0,
+        **switches_for(switches, query.shape[3], chosen),
     )  # fmt: skip

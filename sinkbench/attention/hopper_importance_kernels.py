@@ -211,7 +211,7 @@ def column_sums(
     heads, group, length, pairs, together, columns, offset, scale, window, prefix, ahead, count,
     F: gl.constexpr, SOFTMAX: gl.constexpr, PROXY: gl.constexpr, BIAS: gl.constexpr,
     POSITION: gl.constexpr, WINDOW: gl.constexpr, PREFIX: gl.constexpr, UNIT: gl.constexpr,
-    PARTS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    PARTS: gl.constexpr, REGISTERS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """As ``triton_importance_kernels.column_sums``, of descriptors of blocks."""
     block, pair = place(gl.cdiv(columns, BLOCK_K), pairs, together)
@@ -247,7 +247,8 @@ def column_sums(
     raw = gl.zeros([BLOCK_K], gl.float32, KEYS)
     proxy = gl.zeros([BLOCK_K], gl.float32, KEYS)
     mbarrier.wait(own_come.index(0), 0)
-    k = matrices(k_block)  # in registers it would leave room for fewer programs
+    # In registers it takes less time, if as many programs fit.
+    k = in_registers(k_block, gl.DotOperandLayout(0, SCORES, 2)) if REGISTERS else matrices(k_block)
     for n in range(masked):
         raw, proxy = _column_sums_block(
             n, turns, start, step, batch, head, pair, keys, k, q_from, raw_from, proxy_from, q_ring, raw_ring,

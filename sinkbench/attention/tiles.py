@@ -30,17 +30,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries and keys of a block, warps of a program and stages of its pipeline."""
+    """Queries and keys of a block, warps of a program, stages of its pipeline, and how many registers a thread
+    may have, so that more programs fit a multiprocessor; 0 is no limit."""
 
     block_q: int
     block_k: int
     num_warps: int
     num_stages: int
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
         """As a kernel takes them."""
-        sizes = {"BLOCK_Q": self.block_q, "BLOCK_K": self.block_k}
-        return sizes | {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        sizes = {"BLOCK_Q": self.block_q, "BLOCK_K": self.block_k, "num_warps": self.num_warps}
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return sizes | {"num_stages": self.num_stages} | limit
 
 
 FIXED = {
@@ -64,7 +67,7 @@ FIXED = {
     },
     "hopper forward": {128: Tiles(64, 64, 4, 2)},
     "hopper keys": {128: Tiles(64, 64, 4, 2)},
-    "hopper queries": {128: Tiles(64, 64, 4, 2)},
+    "hopper queries": {96: Tiles(64, 64, 4, 2, 168), 128: Tiles(64, 64, 4, 2)},
     "linear": {128: Tiles(64, 128, 4, 2), 256: Tiles(64, 32, 4, 2)},
     "linear gradients": {128: Tiles(64, 128, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
@@ -75,6 +78,7 @@ FIXED_WITH_SLOPE = {
     "forward": Tiles(64, 64, 4, 3),
     "keys": Tiles(64, 64, 4, 3),
     "queries": Tiles(64, 32, 4, 3),
+    "hopper queries": Tiles(64, 64, 4, 2),
 }
 """For head sizes up to 96, where scores fall with the distance; measured for softmax on an H100."""
 
@@ -82,10 +86,11 @@ FIXED_WITH_TABLE = {
     "forward": Tiles(64, 32, 4, 3),
     "keys": Tiles(64, 64, 4, 2),
     "queries": Tiles(64, 32, 4, 3),
+    "hopper queries": Tiles(64, 64, 4, 2),
 }
 """For head sizes up to 128, where a bias is read from a table; measured for softmax at 96 on an H100."""
 
-FIXED_WITH_DOCUMENTS = {"forward": Tiles(64, 64, 4, 3)}
+FIXED_WITH_DOCUMENTS = {"forward": Tiles(64, 64, 4, 3), "hopper queries": Tiles(64, 64, 4, 2)}
 """For head sizes up to 128, where documents bound what is seen: in larger blocks of 4 warps the masks at both
 ends of a row take more registers than there are. Chosen by what the compiler spills; not timed."""
 
@@ -117,7 +122,7 @@ CANDIDATES = {
     ),
     "hopper forward": (),
     "hopper keys": (Tiles(32, 64, 4, 2),),
-    "hopper queries": (),
+    "hopper queries": (Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2, 168)),
     "linear": (Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 3), Tiles(128, 64, 8, 2), Tiles(128, 128, 8, 2)),
     "linear gradients": (
         Tiles(64, 64, 4, 2),
@@ -246,7 +251,7 @@ def load(path: Path) -> dict[str, Tiles]:
 
 
 def _parsed(value: object) -> Tiles | None:
-    if not isinstance(value, dict) or value.keys() != Tiles.__dataclass_fields__.keys():
+    if not isinstance(value, dict) or {"registers", *value} != Tiles.__dataclass_fields__.keys():
         return None
     if any(type(size) is not int for size in value.values()):
         return None
@@ -255,6 +260,7 @@ def _parsed(value: object) -> Tiles | None:
         {sizes.block_q, sizes.block_k} <= {16, 32, 64, 128, 256},
         sizes.num_warps in (1, 2, 4, 8, 16),
         sizes.num_stages in range(1, 8),
+        sizes.registers == 0 or sizes.registers in range(32, 256),
     )
     return sizes if all(allowed) else None
 

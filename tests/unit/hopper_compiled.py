@@ -1,5 +1,6 @@
-"""Compiles a kernel for Hopper, of the unnormalised sigmoid at head size 96, without a card, and prints what
-the assembler says of it. Ends with code 77 where this Triton has not got what it takes.
+"""Compiles a kernel for Hopper without a card, in the sizes that it is launched with, of the unnormalised sigmoid
+at head size 96 (columns: of a softmax), and prints what the assembler says of it. Ends with code 77 where this
+Triton has not got what it takes.
 
     python -m tests.unit.hopper_compiled forward|keys|queries|table|rows|columns|functions
 
@@ -28,12 +29,20 @@ def main(name: str) -> int:
     if name == "functions":
         print(_taken())
         return 0
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from sinkbench.attention import hopper_backward, hopper_forward, hopper_importance_kernels, hopper_table
+    from sinkbench.attention import (
+        hopper_backward,
+        hopper_forward,
+        hopper_importance,
+        hopper_importance_kernels,
+        hopper_table,
+        tiles,
+    )
 
     kernels: dict[str, Any] = {
         "forward": hopper_forward.forward,
@@ -44,7 +53,12 @@ def main(name: str) -> int:
         "columns": hopper_importance_kernels.column_sums,
     }
     kernel = kernels[name]
-    constants = _constants()
+    limits = {
+        "queries": tiles.fixed("hopper queries", sum(PARTS), torch.bfloat16).registers,
+        "columns": hopper_importance.COLUMNS.registers,
+    }
+    options = {"num_warps": 4} | ({"maxnreg": limits[name]} if name in limits else {})
+    constants = _constants() | {"SHARED": True, "REGISTERS": True, "SOFTMAX": name == "columns"}
     blocks = {"q0", "q1", "k0", "k1", "v0", "v1", "do0", "do1"}
     numbers = {"raw_from": f"tensordesc<fp32[1,{SIZE}],{gl.NVMMASharedLayout(0, 32, 2)!r}>"}
 
@@ -64,10 +78,14 @@ def main(name: str) -> int:
         kernel,
         {argument: kind(argument) for argument in names},
         {(n,): constants[argument] for n, argument in enumerate(names) if argument in constants},
-        {(n,): [["tt.divisibility", 16]] for n, argument in enumerate(names) if "stride" in argument},
+        {
+            (n,): [["tt.divisibility", 16]]
+            for n, argument in enumerate(names)
+            if argument.endswith("_ptr") or "stride" in argument
+        },
     )
     target = GPUTarget("cuda", 90, 32)
-    made = triton.compile(source, target=target, options={"num_warps": 4})
+    made = triton.compile(source, target=target, options=options)
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(made.asm["ptx"], encoding="utf-8")
@@ -104,7 +122,7 @@ def _taken() -> list[bool]:
 def _constants() -> dict[str, Any]:
     from sinkbench_plugins.attention import _triton
 
-    switches = {"BIAS", "WINDOW", "PREFIX", "DOCUMENTS", "SLOPE_GRADIENT", "SOFTMAX", "PROXY"}
+    switches = {"BIAS", "WINDOW", "PREFIX", "DOCUMENTS", "SLOPE_GRADIENT", "PROXY"}
     return {
         "F": _triton.sigmoid_by_tanh,
         "DF": _triton.sigmoid_derivative,

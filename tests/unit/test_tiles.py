@@ -73,6 +73,8 @@ def test_nothing_fits() -> None:
         json.dumps({"a": {"block_q": 1000, "block_k": 64, "num_warps": 4, "num_stages": 2}}),
         json.dumps({"a": {"block_q": 64, "block_k": 64, "num_warps": 4, "num_stages": "2"}}),
         json.dumps({"a": {"block_q": 64, "block_k": 64, "num_warps": 3, "num_stages": 2}}),
+        json.dumps({"a": {"block_q": 64, "block_k": 64, "num_warps": 4, "num_stages": 2, "registers": 300}}),
+        json.dumps({"a": {"block_q": 64, "block_k": 64, "num_warps": 4, "num_stages": 2, "stage": 0}}),
     ],
 )
 def test_a_file_of_others(text: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -81,6 +83,20 @@ def test_a_file_of_others(text: str, caplog: pytest.LogCaptureFixture) -> None:
         assert tune(Card(TIMES)) == FASTER
     assert "passed over" in caplog.text
     assert list(tiles.load(tiles.cache_file()).values()) == [FASTER]
+
+
+def test_an_entry_without_a_limit_of_registers() -> None:
+    tune(Card(TIMES))
+    held = json.loads(tiles.cache_file().read_text())
+    for entry in held.values():
+        assert entry.pop("registers") == 0
+    tiles.cache_file().write_text(json.dumps(held))
+    assert tune(Card({})) == FASTER
+
+
+def test_options() -> None:
+    assert "maxnreg" not in FASTER.options()
+    assert Tiles(64, 64, 4, 2, 168).options()["maxnreg"] == 168
 
 
 def test_an_entry_of_others_beside_ours(caplog: pytest.LogCaptureFixture) -> None:
