@@ -336,7 +336,8 @@ class TrainConfig(Section):
     CUDA, none on a CPU."""
     cuda_graph: Literal["auto"] | bool = "auto"
     """replay a step's forward and backward pass instead of launching its kernels from Python, which then runs
-    no part of the model after the first steps. auto: on one card, without recompute."""
+    no part of the model after the first steps. auto: without recompute, on one card or
+    cards that are one tensor-parallel group."""
     deterministic: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is a card."""

@@ -44,13 +44,15 @@ Recorder = Callable[[Callable[[], None]], Recorded]
 
 
 def replays(config: Config, device: str, world_size: int) -> bool:
-    """Whether a run replays its steps: where its recipe says so, otherwise on one card alone.
+    """Whether a run replays its steps: where its recipe says so, otherwise on one card, or where all cards are
+    one tensor-parallel group.
 
     Args:
         device: "cpu" or "cuda".
     """
     asked = config.train.cuda_graph
-    return not _lacks(config, device) and (world_size == 1 if asked == "auto" else asked)
+    of_one_replica = world_size == config.parallel.tensor
+    return not _lacks(config, device) and (of_one_replica if asked == "auto" else asked)
 
 
 def wanted(config: Config, layout: Layout) -> bool:
