@@ -30,8 +30,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tiles:
-    """Queries and keys of a block, warps of a program, stages of its pipeline, and how many registers a thread
-    may have, so that more programs fit a multiprocessor; 0 is no limit."""
+    """Queries and keys of a block, warps of a program, stages of its pipeline, and the most registers that a
+    thread may have, so that more programs fit a multiprocessor; 0 is no limit."""
 
     block_q: int
     block_k: int

@@ -44,7 +44,7 @@ Recorder = Callable[[Callable[[], None]], Recorded]
 
 
 def replays(config: Config, device: str, world_size: int) -> bool:
-    """Whether a run replays its steps: where its recipe says so, otherwise on one card, or where all cards are
+    """Whether a run replays its steps: where its recipe says so, otherwise on one card, or on cards that are
     one tensor-parallel group.
 
     Args:

@@ -1,6 +1,6 @@
-"""Compiles a kernel for Hopper without a card, in the sizes that it is launched with, of the unnormalised sigmoid
-at head size 96 (columns: of a softmax), and prints what the assembler says of it. Ends with code 77 where this
-Triton has not got what it takes.
+"""Compiles a kernel for Hopper without a card, in the size that it is launched with, and prints what the
+assembler says of it: of the unnormalised sigmoid at head size 96, the sums of columns of a softmax. Ends with
+code 77 where this Triton has not got what it takes.
 
     python -m tests.unit.hopper_compiled forward|keys|queries|table|rows|columns|functions
 
