@@ -1,6 +1,6 @@
 """Loss curves without and with each fusion, and from CUDA graphs: how far apart they come.
 
-    python -m benchmarks.fusion_curves [--steps 200] [--json FILE] [data.train=FOLDER] [key=value ...]
+    python -m benchmarks.fusion_curves [key=value ...] [--steps 200] [--json FILE] [--curves loss ...]
     python -m benchmarks.fusion_curves --tiny
 
 Four layers of the 60M model in bf16, the same weights and sequences for each curve; whatever the data, they
@@ -88,7 +88,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--tiny", action="store_true", help="a model for a CPU")
-    parser.add_argument("--json", type=Path, help="where the rows go, after each")
+    parser.add_argument("--curves", nargs="+", choices=list(CURVES), default=list(CURVES), metavar="NAME")
+    parser.add_argument("--json", type=Path, help="where the rows go, with all losses, after each")
     parser.add_argument("overrides", nargs="*", help="of the recipe, as in sinkbench.pretrain")
     return parser.parse_args(arguments)
 
@@ -99,9 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     tolerance = TOLERANCES[precision]
     print(f"plain, {precision}: loss {plain[0]:.4f} to {plain[-1]:.4f} in {options.steps} steps", flush=True)
     rows = []
-    for name, overrides in CURVES.items():
-        row = compared(name, curve(overrides, options)[0], plain, tolerance)
-        rows.append(row)
+    for name in options.curves:
+        losses, _ = curve(CURVES[name], options)
+        row = compared(name, losses, plain, tolerance)
+        rows.append(row | {"losses": losses, "plain": plain})
         print(
             f"{name:18} relative difference at most {row['largest']:.1e} at step {row['at_step']}, mean "
             f"{row['mean']:.1e}  bar {tolerance:.0e} {'pass' if row['passed'] else 'FAIL'}",
