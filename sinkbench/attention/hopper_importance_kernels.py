@@ -1,8 +1,5 @@
-"""The kernels of ``triton_importance`` for Hopper.
-
-Several programs fit a multiprocessor: one waits for its product while others sum weights. So that more of
-them fit, a block that is read into registers once lies where the ring's last stage is filled later.
-"""
+"""The kernels of ``triton_importance`` for Hopper. Several programs fit a multiprocessor: one waits for its
+product while others sum weights."""
 
 from __future__ import annotations
 
@@ -95,11 +92,10 @@ def row_sums(
     turns = masked + (unmasked - start) // BLOCK_K
 
     q_from, k_from = parts(q0, q1, PARTS), parts(k0, k1, PARTS)
-    k_ring = ring_of(k_from)
-    q_block = stage_of(k_ring, STAGES - 1) if BLOCK_Q == BLOCK_K else block_of(q_from)
+    q_block, k_ring = block_of(q_from), ring_of(k_from)
     own_come, come = barriers(1), barriers(STAGES)
     fetch_one(q_from, batch, head, block * BLOCK_Q, q_block, own_come.index(0))
-    for i in gl.static_range(STAGES - 1):
+    for i in gl.static_range(STAGES):
         if i < turns:
             there = _keys_at(i, masked, start, unmasked, BLOCK_K)
             fetch_one(k_from, batch, kv, there, stage_of(k_ring, i), come.index(i))
@@ -116,10 +112,6 @@ def row_sums(
     largest = gl.full([BLOCK_Q], float("-inf"), gl.float32, ROWS)
     mbarrier.wait(own_come.index(0), 0)
     q = in_registers(q_block, gl.DotOperandLayout(0, SCORES, 2))
-    meet()
-    if turns >= STAGES:
-        there = _keys_at(STAGES - 1, masked, start, unmasked, BLOCK_K)
-        fetch_one(k_from, batch, kv, there, stage_of(k_ring, STAGES - 1), come.index(STAGES - 1))
     for n in range(masked):
         total, absolute, largest = _row_sums_block(
             n, turns, masked, start, unmasked, batch, kv, rows, q, k_from, k_ring, come, total, absolute,
@@ -234,13 +226,12 @@ def column_sums(
     turns = gl.cdiv(gl.maximum(end - start, 0), step)
 
     q_from, k_from = parts(q0, q1, PARTS), parts(k0, k1, PARTS)
-    q_ring = ring_of(q_from)
-    k_block = stage_of(q_ring, STAGES - 1) if REGISTERS and BLOCK_Q == BLOCK_K else block_of(k_from)
+    k_block, q_ring = block_of(k_from), ring_of(q_from)
     raw_ring = ring_of((raw_from,))[0]
     proxy_ring = ring_of((proxy_from,))[0] if PROXY else None
     own_come, come = barriers(1), barriers(STAGES)
     fetch_one(k_from, batch, kv, key, k_block, own_come.index(0))
-    for i in gl.static_range(STAGES - 1):
+    for i in gl.static_range(STAGES):
         if i < turns:
             _fetch_rows(
                 batch, head, pair, start + i * step, q_from, raw_from, proxy_from, q_ring, raw_ring,
@@ -256,12 +247,8 @@ def column_sums(
     raw = gl.zeros([BLOCK_K], gl.float32, KEYS)
     proxy = gl.zeros([BLOCK_K], gl.float32, KEYS)
     mbarrier.wait(own_come.index(0), 0)
+    # In registers it takes less time, if as many programs fit.
     k = in_registers(k_block, gl.DotOperandLayout(0, SCORES, 2)) if REGISTERS else matrices(k_block)
-    meet()
-    if turns >= STAGES:
-        _fetch_rows(
-            batch, head, pair, start + (STAGES - 1) * step, q_from, raw_from, proxy_from, q_ring, raw_ring,
-            proxy_ring, come, STAGES - 1, PROXY, BLOCK_Q)  # fmt: skip
     for n in range(masked):
         raw, proxy = _column_sums_block(
             n, turns, start, step, batch, head, pair, keys, k, q_from, raw_from, proxy_from, q_ring, raw_ring,
