@@ -138,6 +138,29 @@ def test_a_processor_has_none(run_distributed: RunDistributed) -> None:
     run_distributed(1, rank_is_refused, (), "train.cuda_graph: is for CUDA cards; set it to auto or false")
 
 
+def rank_chooses(rank: int, world_size: int) -> list[bool]:
+    from sinkbench.megatron.step_graph import replays
+
+    cases = [
+        ((), "cuda", 1),
+        ((), "cpu", 1),
+        ((), "cuda", 2),
+        (("parallel.tensor=2",), "cuda", 2),
+        (("parallel={tensor: 2, sequence: true}",), "cuda", 2),
+        (("parallel.tensor=2",), "cuda", 4),
+        (("parallel={tensor: 2, pipeline: 2}", "model.num_layers=2"), "cuda", 4),
+        (("parallel.tensor=2", "train.recompute=full"), "cuda", 2),
+        (("parallel.tensor=2", "train.cuda_graph=false"), "cuda", 2),
+        (("train.cuda_graph=true",), "cuda", 2),
+    ]
+    return [replays(prepare((*SWIGLU, *overrides))[0], device, size) for overrides, device, size in cases]
+
+
+def test_one_replica_on_its_cards_is_replayed(run_distributed: RunDistributed) -> None:
+    (found,) = run_distributed(1, rank_chooses)
+    assert found == [True, False, False, True, True, False, False, False, False, True]
+
+
 def rank_leaves(rank: int, world_size: int) -> None:
     from sinkbench.megatron import parallel, step_graph
 
