@@ -213,7 +213,8 @@ def column_sums(
     POSITION: gl.constexpr, WINDOW: gl.constexpr, PREFIX: gl.constexpr, UNIT: gl.constexpr,
     PARTS: gl.constexpr, REGISTERS: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
-    """As ``triton_importance_kernels.column_sums``, of descriptors of blocks."""
+    """As ``triton_importance_kernels.column_sums``, of descriptors of blocks. REGISTERS: keys are read into
+    them, which takes less time where as many programs fit."""
     block, pair = place(gl.cdiv(columns, BLOCK_K), pairs, together)
     part = gl.program_id(1)
     head, batch = pair % heads, pair // heads
@@ -247,7 +248,6 @@ def column_sums(
     raw = gl.zeros([BLOCK_K], gl.float32, KEYS)
     proxy = gl.zeros([BLOCK_K], gl.float32, KEYS)
     mbarrier.wait(own_come.index(0), 0)
-    # In registers it takes less time, if as many programs fit.
     k = in_registers(k_block, gl.DotOperandLayout(0, SCORES, 2)) if REGISTERS else matrices(k_block)
     for n in range(masked):
         raw, proxy = _column_sums_block(

@@ -72,7 +72,9 @@ FIXED = {
     "linear gradients": {128: Tiles(64, 128, 4, 2), 256: Tiles(64, 32, 4, 2)},
 }
 """By kernel and largest head size, as measured for sigmoid on an H100 (benchmarks/attention.py); those of
-kernel attention, which takes positions of a chunk and features at a time, by what the compiler spills."""
+kernel attention, which takes positions of a chunk and features at a time, by what the compiler spills. With
+the limit of registers three programs fit where two did; functions of a similarity that need more are faster
+without it, which is tuned."""
 
 FIXED_WITH_SLOPE = {
     "forward": Tiles(64, 64, 4, 3),
