@@ -15,9 +15,8 @@ from sinkbench.attention.triton_tensors import pairs_in_cache
 
 ROWS = Tiles(64, 64, 4, 2)
 LONG_ROWS = Tiles(128, 128, 8, 2)
-COLUMNS = Tiles(64, 64, 4, 2, 96)
-COLUMNS_WITH_MORE = Tiles(64, 64, 4, 2)
-"""Where more than a softmax without biases is computed, 96 registers are too few."""
+COLUMNS = {"columns": Tiles(64, 64, 4, 2, 96), "columns with more": Tiles(64, 64, 4, 2)}
+"""More than one sum of a softmax without biases takes more than 96 registers."""
 
 
 def tiles_of_rows(query: Tensor) -> Tiles:
@@ -45,17 +44,16 @@ def launch_rows(
 
 def launch_columns(
     query: Tensor, key: Tensor, raw: Tensor, proxy: Tensor | None, out: Tensor, offset: int,
-    numbers: Sequence[Any], switches: dict[str, Any],
+    numbers: Sequence[Any], switches: dict[str, Any], chosen: Tiles,
 ) -> None:  # fmt: skip
     """Sums of columns from ``offset`` on into [1 or 2, parts, b, h, columns], as ``Scores.column_sums`` says.
 
     Args:
         raw, proxy: [b, h, t] with room for whole blocks.
+        chosen: of ``COLUMNS``.
     """
     batch, heads, length, _ = query.shape
     columns = out.shape[-1]
-    plain = switches["SOFTMAX"] and not (switches["BIAS"] or switches["POSITION"] or proxy is not None)
-    chosen = COLUMNS if plain else COLUMNS_WITH_MORE
     bias, position, *others = numbers
     column_sums[(triton.cdiv(columns, chosen.block_k) * batch * heads, out.shape[1])](
         *described(query, chosen.block_q), *described(key, chosen.block_k),

@@ -132,7 +132,8 @@ class Scores:
         on_hopper = tiles is None and self._on_hopper
         chosen = tiles or self._tiles(kernel if columns > FEW_COLUMNS else "few columns")
         if on_hopper:
-            chosen = hopper.importance().COLUMNS
+            more = self.bias_h is not None or proxy_bht is not None
+            chosen = hopper.importance().COLUMNS["columns with more" if more else kernel]
         blocks = triton.cdiv(columns, chosen.block_k)
         parts = min(COLUMN_PARTS, triton.cdiv(length, chosen.block_q))
         parts = min(parts, max(COLUMN_PROGRAMS // (blocks * batch * heads), 1))
@@ -143,7 +144,9 @@ class Scores:
         bias, position, *numbers = arguments
         proxy = None if proxy_bht is None else whole_blocks(proxy_bht, 0.0)
         if on_hopper:
-            hopper.importance().launch_columns(query, key, raw, proxy, out, offset, arguments, switches)
+            hopper.importance().launch_columns(
+                query, key, raw, proxy, out, offset, arguments, switches, chosen
+            )
         else:
             column_sums[(blocks * batch * heads, parts)](
                 query, key, raw, raw if proxy is None else proxy,

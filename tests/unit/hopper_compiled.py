@@ -55,7 +55,7 @@ def main(name: str) -> int:
     kernel = kernels[name]
     limits = {
         "queries": tiles.fixed("hopper queries", sum(PARTS), torch.bfloat16).registers,
-        "columns": hopper_importance.COLUMNS.registers,
+        "columns": hopper_importance.COLUMNS["columns"].registers,
     }
     options = {"num_warps": 4} | ({"maxnreg": limits[name]} if name in limits else {})
     constants = _constants() | {"SHARED": True, "REGISTERS": True, "SOFTMAX": name == "columns"}
