@@ -8,12 +8,12 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from sinkbench.attention.hopper_call import described, described_by_row, switches_for
+from sinkbench.attention.hopper_call import described, switches_for
 from sinkbench.attention.hopper_importance_kernels import column_sums, row_sums
 from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_tensors import pairs_in_cache
 
-ROWS = Tiles(64, 64, 4, 2)
+ROWS = Tiles(64, 64, 4, 2, 96)
 LONG_ROWS = Tiles(128, 128, 8, 2)
 COLUMNS = {"columns": Tiles(64, 64, 4, 2, 96), "columns with more": Tiles(64, 64, 4, 2)}
 """More than one sum of a softmax without biases takes more than 96 registers."""
@@ -57,9 +57,7 @@ def launch_columns(
     bias, position, *others = numbers
     column_sums[(triton.cdiv(columns, chosen.block_k) * batch * heads, out.shape[1])](
         *described(query, chosen.block_q), *described(key, chosen.block_k),
-        described_by_row(raw.flatten(0, 1), chosen.block_q),
-        None if proxy is None else described_by_row(proxy.flatten(0, 1), chosen.block_q),
-        bias, position, out,
+        raw, proxy, bias, position, out, raw.shape[-1],
         heads, heads // key.shape[1], length, batch * heads, pairs_in_cache(query), columns, offset, *others,
         PROXY=proxy is not None, REGISTERS=chosen.registers > 0,
         **switches_for(switches, query.shape[3], chosen),

@@ -9,11 +9,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from sinkbench.attention.hopper_blocks import (
     STAGES,
-    async_load,
     barriers,
     block_of,
-    expect,
-    fetch,
     fetch_one,
     in_registers,
     matrices,
@@ -43,13 +40,21 @@ def _keys_at(n, masked, start, unmasked, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
+def _sums_by_thread(p):
+    """Sums [rows, 4] of p [rows, columns], in the layout of a product, each of columns that one thread has: a
+    loop then exchanges nothing between threads."""
+    return gl.sum(gl.sum(p.reshape([p.shape[0], p.shape[1] // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def _row_sums_block(
     n, turns, masked, start, unmasked, batch, kv, rows, q, k_from, k_ring, come, total, absolute, largest,
     scale, bias, window, prefix, position_ptr, slope, ahead,
     F: gl.constexpr, SOFTMAX: gl.constexpr, BIAS: gl.constexpr, POSITION: gl.constexpr,
-    WINDOW: gl.constexpr, PREFIX: gl.constexpr, MASK: gl.constexpr, LEVEL: gl.constexpr,
-    UNIT: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
+    WINDOW: gl.constexpr, PREFIX: gl.constexpr, MASK: gl.constexpr, UNIT: gl.constexpr,
+    BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
+    """Without MASK, ``total`` and ``absolute`` are ``_sums_by_thread``, of weights beside ``largest``."""
     stage = n % STAGES
     mbarrier.wait(come.index(stage), n // STAGES & 1)
     s = product(q, turned(stage_of(k_ring, stage)), BLOCK_Q, BLOCK_K)
@@ -64,10 +69,16 @@ def _row_sums_block(
         s, scale, bias, 0.0, rows[:, None], keys[None, :], 0, at, position_ptr, slope, False, ahead,
         BIAS, False, POSITION, PREFIX, UNIT,
     )  # fmt: skip
-    seen = s
     if MASK:
         seen = visible(rows[:, None], keys[None, :], 0, window, prefix, WINDOW, PREFIX, False)
-    return add_weights(s, seen, total, absolute, largest, F, SOFTMAX, MASK, LEVEL)
+        total, absolute, largest = add_weights(s, seen, total, absolute, largest, F, SOFTMAX, True, False)
+    elif SOFTMAX:
+        total += _sums_by_thread(exp2(s - largest[:, None]))
+    else:
+        p = F(s)
+        total += _sums_by_thread(p)
+        absolute += _sums_by_thread(gl.abs(p))
+    return total, absolute, largest
 
 
 @gluon.jit
@@ -116,16 +127,20 @@ def row_sums(
         total, absolute, largest = _row_sums_block(
             n, turns, masked, start, unmasked, batch, kv, rows, q, k_from, k_ring, come, total, absolute,
             largest, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
-            F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, True, False, UNIT, BLOCK_Q, BLOCK_K)  # fmt: skip
+            F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, True, UNIT, BLOCK_Q, BLOCK_K)  # fmt: skip
     if not WINDOW:
         # As in the Triton kernel: no sum is too small, and only where one is too large are these keys looked
         # at for the largest score.
         so_far = total
+        more = _sums_by_thread(gl.zeros([BLOCK_Q, BLOCK_K], gl.float32, SCORES))
+        more_absolute = more
         for n in range(masked, turns):
-            total, absolute, largest = _row_sums_block(
-                n, turns, masked, start, unmasked, batch, kv, rows, q, k_from, k_ring, come, total, absolute,
-                largest, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
-                F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, False, True, UNIT, BLOCK_Q, BLOCK_K)  # fmt: skip
+            more, more_absolute, largest = _row_sums_block(
+                n, turns, masked, start, unmasked, batch, kv, rows, q, k_from, k_ring, come, more,
+                more_absolute, largest, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
+                F, SOFTMAX, BIAS, POSITION, WINDOW, PREFIX, False, UNIT, BLOCK_Q, BLOCK_K)  # fmt: skip
+        total += gl.convert_layout(gl.sum(more, 1), ROWS)
+        absolute += gl.convert_layout(gl.sum(more_absolute, 1), ROWS)
         if SOFTMAX:
             beyond = (total == float("inf")) | (largest == float("-inf"))
             again = gl.max(beyond.to(gl.int32), 0)
@@ -140,12 +155,12 @@ def row_sums(
                 s = warpgroup_mma_wait(0, [s])
                 meet()
                 keys = at + gl.arange(0, BLOCK_K, layout=gl.SliceLayout(0, SCORES))
-                more = scores(
+                s = scores(
                     s, scale * UNIT, bias, 0.0, rows[:, None], keys[None, :], 0, at, position_ptr, slope,
                     False, ahead, BIAS, False, POSITION, PREFIX, UNIT,
                 )  # fmt: skip
                 total, absolute, largest = add_weights(
-                    more, more, total, absolute, largest, F, SOFTMAX, False, False
+                    s, s, total, absolute, largest, F, SOFTMAX, False, False
                 )
     release(own_come, 1)
     release(come, STAGES)
@@ -154,42 +169,28 @@ def row_sums(
 
 
 @gluon.jit
-def _fetch_rows(
-    batch, head, pair, row, q_from, raw_from, proxy_from, q_ring, raw_ring, proxy_ring, come, stage,
-    PROXY: gl.constexpr, BLOCK_Q: gl.constexpr,
-):  # fmt: skip
-    barrier = come.index(stage)
-    expect(q_from, 1, 4 * BLOCK_Q * (2 if PROXY else 1), barrier)
-    fetch(q_from, batch, head, row, stage_of(q_ring, stage), barrier)
-    async_load(raw_from, [pair, row], barrier, raw_ring.index(stage))
-    if PROXY:
-        async_load(proxy_from, [pair, row], barrier, proxy_ring.index(stage))
-
-
-@gluon.jit
 def _column_sums_block(
-    n, turns, start, step, batch, head, pair, keys, k, q_from, raw_from, proxy_from, q_ring, raw_ring,
-    proxy_ring, come, raw, proxy, scale, bias, window, prefix, position_ptr, slope, ahead,
+    n, turns, start, step, batch, head, keys, k, q_from, raw_ptr, proxy_ptr, q_ring, come, raw, proxy,
+    scale, bias, window, prefix, position_ptr, slope, ahead,
     F: gl.constexpr, SOFTMAX: gl.constexpr, PROXY: gl.constexpr, BIAS: gl.constexpr,
     POSITION: gl.constexpr, WINDOW: gl.constexpr, PREFIX: gl.constexpr, MASK: gl.constexpr,
     UNIT: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     stage = n % STAGES
+    at = start + n * step
     mbarrier.wait(come.index(stage), n // STAGES & 1)
     s = product(k, turned(stage_of(q_ring, stage)), BLOCK_K, BLOCK_Q)
-    s = warpgroup_mma_wait(0, [s])
-    BY_ROW: gl.constexpr = gl.SliceLayout(0, s.type.layout)
-    of_row = raw_ring.index(stage).reshape([BLOCK_Q]).load(BY_ROW)
+    BY_ROW: gl.constexpr = gl.SliceLayout(0, result(BLOCK_Q, gl.num_warps()))
+    rows = at + gl.arange(0, BLOCK_Q, layout=BY_ROW)
+    of_row = gl.load(raw_ptr + rows)
     factor = of_row
     if PROXY:
-        factor = proxy_ring.index(stage).reshape([BLOCK_Q]).load(BY_ROW)
+        factor = gl.load(proxy_ptr + rows)
+    s = warpgroup_mma_wait(0, [s])
     meet()
     if n + STAGES < turns:
-        _fetch_rows(
-            batch, head, pair, start + (n + STAGES) * step, q_from, raw_from, proxy_from, q_ring, raw_ring,
-            proxy_ring, come, stage, PROXY, BLOCK_Q)  # fmt: skip
-    at = start + n * step
-    rows = at + gl.arange(0, BLOCK_Q, layout=BY_ROW)
+        there = start + (n + STAGES) * step
+        fetch_one(q_from, batch, head, there, stage_of(q_ring, stage), come.index(stage))
     s = scores(
         s, scale, bias, 0.0, rows[None, :], keys[:, None], 0, at, position_ptr, slope, False, ahead,
         BIAS, False, POSITION, PREFIX, UNIT,
@@ -199,15 +200,15 @@ def _column_sums_block(
     if MASK:
         seen = visible(rows[None, :], keys[:, None], 0, window, prefix, WINDOW, PREFIX, False)
         p = gl.where(seen & (rows[None, :] >= keys[:, None]), p, 0.0)
-    raw += gl.sum(p, 1) if SOFTMAX else gl.sum(p * of_row[None, :], 1)
+    raw += _sums_by_thread(p if SOFTMAX else p * of_row[None, :])
     if PROXY:
-        proxy += gl.sum(gl.abs(p) * factor[None, :], 1)
+        proxy += _sums_by_thread(gl.abs(p) * factor[None, :])
     return raw, proxy
 
 
 @gluon.jit
 def column_sums(
-    q0, q1, k0, k1, raw_from, proxy_from, bias_ptr, position_ptr, out_ptr,
+    q0, q1, k0, k1, raw_ptr, proxy_ptr, bias_ptr, position_ptr, out_ptr, rows_stride,
     heads, group, length, pairs, together, columns, offset, scale, window, prefix, ahead, count,
     F: gl.constexpr, SOFTMAX: gl.constexpr, PROXY: gl.constexpr, BIAS: gl.constexpr,
     POSITION: gl.constexpr, WINDOW: gl.constexpr, PREFIX: gl.constexpr, UNIT: gl.constexpr,
@@ -220,6 +221,9 @@ def column_sums(
     head, batch = pair % heads, pair // heads
     kv = head // group
     position_ptr += head.to(gl.int64) * count
+    raw_ptr += pair.to(gl.int64) * rows_stride
+    if PROXY:
+        proxy_ptr += pair.to(gl.int64) * rows_stride
     key = offset + block * BLOCK_K
     start, step, masked, end = share_of_queries(
         key, part, length, window, prefix, WINDOW, PREFIX, BLOCK_Q, BLOCK_K
@@ -228,15 +232,11 @@ def column_sums(
 
     q_from, k_from = parts(q0, q1, PARTS), parts(k0, k1, PARTS)
     k_block, q_ring = block_of(k_from), ring_of(q_from)
-    raw_ring = ring_of((raw_from,))[0]
-    proxy_ring = ring_of((proxy_from,))[0] if PROXY else None
     own_come, come = barriers(1), barriers(STAGES)
     fetch_one(k_from, batch, kv, key, k_block, own_come.index(0))
     for i in gl.static_range(STAGES):
         if i < turns:
-            _fetch_rows(
-                batch, head, pair, start + i * step, q_from, raw_from, proxy_from, q_ring, raw_ring,
-                proxy_ring, come, i, PROXY, BLOCK_Q)  # fmt: skip
+            fetch_one(q_from, batch, head, start + i * step, stage_of(q_ring, i), come.index(i))
 
     SCORES: gl.constexpr = result(BLOCK_Q, gl.num_warps())
     KEYS: gl.constexpr = gl.SliceLayout(1, SCORES)
@@ -245,23 +245,24 @@ def column_sums(
     if BIAS:
         bias = gl.load(bias_ptr + head) * UNIT
     slope, _ = load_position(position_ptr, POSITION, False, UNIT)
-    raw = gl.zeros([BLOCK_K], gl.float32, KEYS)
-    proxy = gl.zeros([BLOCK_K], gl.float32, KEYS)
+    raw = _sums_by_thread(gl.zeros([BLOCK_K, BLOCK_Q], gl.float32, SCORES))
+    proxy = raw
     mbarrier.wait(own_come.index(0), 0)
     k = in_registers(k_block, gl.DotOperandLayout(0, SCORES, 2)) if REGISTERS else matrices(k_block)
     for n in range(masked):
         raw, proxy = _column_sums_block(
-            n, turns, start, step, batch, head, pair, keys, k, q_from, raw_from, proxy_from, q_ring, raw_ring,
-            proxy_ring, come, raw, proxy, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
+            n, turns, start, step, batch, head, keys, k, q_from, raw_ptr, proxy_ptr, q_ring, come, raw, proxy,
+            scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
             F, SOFTMAX, PROXY, BIAS, POSITION, WINDOW, PREFIX, True, UNIT, BLOCK_Q, BLOCK_K)  # fmt: skip
     if not WINDOW:
         for n in range(masked, turns):
             raw, proxy = _column_sums_block(
-                n, turns, start, step, batch, head, pair, keys, k, q_from, raw_from, proxy_from, q_ring,
-                raw_ring, proxy_ring, come, raw, proxy, scale * UNIT, bias, window, prefix, position_ptr,
-                slope, ahead, F, SOFTMAX, PROXY, BIAS, POSITION, WINDOW, PREFIX, False,
-                UNIT, BLOCK_Q, BLOCK_K)  # fmt: skip
+                n, turns, start, step, batch, head, keys, k, q_from, raw_ptr, proxy_ptr, q_ring, come, raw,
+                proxy, scale * UNIT, bias, window, prefix, position_ptr, slope, ahead,
+                F, SOFTMAX, PROXY, BIAS, POSITION, WINDOW, PREFIX, False, UNIT, BLOCK_Q, BLOCK_K)  # fmt: skip
     release(own_come, 1)
     release(come, STAGES)
+    raw = gl.convert_layout(gl.sum(raw, 1), KEYS)
+    proxy = gl.convert_layout(gl.sum(proxy, 1), KEYS)
     within = block * BLOCK_K + gl.arange(0, BLOCK_K, layout=KEYS)
     store_column_sums(raw, proxy, out_ptr, within, part, pair, pairs, columns, PROXY)

@@ -60,7 +60,6 @@ def main(name: str) -> int:
     options = {"num_warps": 4} | ({"maxnreg": limits[name]} if name in limits else {})
     constants = _constants() | {"SHARED": True, "REGISTERS": True, "SOFTMAX": name == "columns"}
     blocks = {"q0", "q1", "k0", "k1", "v0", "v1", "do0", "do1"}
-    numbers = {"raw_from": f"tensordesc<fp32[1,{SIZE}],{gl.NVMMASharedLayout(0, 32, 2)!r}>"}
 
     def kind(argument: str) -> str:
         if argument in constants:
@@ -71,7 +70,7 @@ def main(name: str) -> int:
             return f"tensordesc<bf16[1,1,{SIZE},{columns}],{layout!r}>"
         if argument.endswith("_ptr"):
             return "*bf16" if argument in ("o_ptr", "dk_ptr", "dv_ptr", "dq_ptr") else "*fp32"
-        return numbers.get(argument, "fp32" if argument in ("scale", "eps") else "i32")
+        return "fp32" if argument in ("scale", "eps") else "i32"
 
     names = kernel.arg_names
     source = GluonASTSource(
@@ -132,7 +131,7 @@ def _constants() -> dict[str, Any]:
         "PARTS": len(PARTS),
         **dict.fromkeys(("BLOCK_Q", "BLOCK_K", "BLOCK"), SIZE),
         **dict.fromkeys(switches, False),
-        **dict.fromkeys(("delta_from", "lse_from", "proxy_from"), None),
+        **dict.fromkeys(("delta_from", "lse_from", "proxy_ptr"), None),
     }
 
 

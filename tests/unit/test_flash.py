@@ -1,6 +1,6 @@
 """Softmax with more terms through kernels that are not here: those of torch for a card and of the packages
 flash-attn and flash-attn-4. Stand-ins compute what these do from what they are handed. On a card with
-flash-attn-4 that is tried itself."""
+either, that is tried itself."""
 
 from __future__ import annotations
 
@@ -367,7 +367,9 @@ def test_a_package_that_lacks_another(
 @pytest.mark.parametrize("length", [2, 37, 130, 300])
 @pytest.mark.parametrize("name", [*CAUSAL, *PREFIX, *WINDOW])
 def test_the_real_one(name: str, length: int) -> None:
-    if not flash_attn.has_four():
-        pytest.skip("needs flash-attn-4")
+    if flash_attn._kernel() is None:
+        pytest.skip("needs flash-attn-4 or flash-attn")
     p = make_problem(name, length=length, kv_heads=2, dtype=torch.bfloat16, device="cuda")
-    compare(p, "flash", 1e-2, 1e-4)
+    # Beside a slot so far above, gradients are small differences, with the rounding of the output in bf16.
+    exact = flash_attn.has_four() or name != "key-value slot of 20"
+    compare(p, "flash", 1e-2 if exact else 2e-2, 1e-4)
