@@ -153,8 +153,8 @@ def _gradient_norm(parts: list[DistributedOptimizer]) -> Tensor:
 
 
 def _choose(part: DistributedOptimizer, fused: bool) -> None:
-    """Which of torch's forms of AdamW runs: a checkpoint brings the choice of the run that wrote it. The
-    fused form counts steps on the parameters' device, the others on the host."""
+    """Which of torch's forms of AdamW runs. The fused form counts steps on the parameters' device, the others
+    on the host, where a checkpoint puts them."""
     for group in part.optimizer.param_groups:
         group["fused"], group["foreach"] = (True, False) if fused else (None, None)
         for parameter in group["params"]:
@@ -244,6 +244,26 @@ def _keep_own_step(part: DistributedOptimizer) -> None:
 
     set_states.keeps_own_step = True  # type: ignore[attr-defined]
     part._set_main_param_and_optimizer_states = set_states
+
+
+def keep_settings(optimizer: Any, saved: dict[Any, Any]) -> None:
+    """Puts this run's settings of parameter groups (rates, betas, eps, which weights decay) in the place of
+    those that a checkpoint brings: megatron-core 0.16.1 takes a group's rates before its scheduler's, and
+    finds no group that decays otherwise. Moments belong to parameters, and so to any groups.
+
+    Args:
+        saved: what the optimizer is about to load; changed in place. The step count stays.
+    """
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    states = [saved] if len(chained) == 1 else [state for _, state in sorted(saved.items())]
+    for part, state in zip(chained, states, strict=True):
+        if part.optimizer is None:
+            continue
+        step = {"step": group["step"] for group in state["optimizer"]["param_groups"] if "step" in group}
+        state["optimizer"]["param_groups"] = [
+            {name: value for name, value in group.items() if name != "params"} | step
+            for group in part.optimizer.param_groups
+        ]
 
 
 def separate_steps(optimizer: Any) -> None:

@@ -40,7 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from sinkbench.checksums import FileSum, HashedFile
 from sinkbench.errors import CheckpointError
 from sinkbench.failpoints import failpoint
-from sinkbench.megatron.optimizer import give_moments, prepare_for_loading, separate_steps
+from sinkbench.megatron.optimizer import give_moments, keep_settings, prepare_for_loading, separate_steps
 from sinkbench.megatron.optimizer_state import assign, choose_owners, copy_to_host, gathered_by_owners
 from sinkbench.megatron.training import Engine
 from sinkbench.safe_load import METADATA, SafeReader, weights_only
@@ -211,6 +211,7 @@ def load(engine: Engine, folder: Path, *, same_layout: bool) -> None:
         state["random"] = _random_state_object(engine)
     loaded = _load(state, folder)
     _set_model_state(engine.networks, loaded)
+    keep_settings(engine.optimizer, loaded["optimizer"])
     engine.optimizer.load_state_dict(loaded["optimizer"])
     separate_steps(engine.optimizer)
     engine.scheduler.num_steps = 0
@@ -309,6 +310,8 @@ def _random_state_object(engine: Engine) -> ShardedObject:
 
 def _set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
+    if state["device"].numel() != torch.cuda.get_rng_state().numel():
+        return  # a card's, and this is a CPU, or the other way: their random numbers are others
     torch.cuda.set_rng_state(state["device"])
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 

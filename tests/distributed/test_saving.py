@@ -343,6 +343,58 @@ def test_format_1_is_loaded(run_distributed: RunDistributed, tmp_path: Path) -> 
     assert run_distributed(1, rank_loads_format_1, tmp_path) == [True]
 
 
+CHANGED = (
+    "optim={lr: 1e-3, min_lr: 1e-5, warmup_steps: 0, schedule: cosine, betas: [0.5, 0.6], eps: 1e-5}",
+    "optim={weight_decay: 0.3, weight_decay_on: matrices}",
+)
+
+
+def rank_changes_settings(rank: int, world_size: int, folder: Path) -> None:
+    """A run that goes on with another ``optim`` trains as the recipe says: with what a new engine has whose
+    weights, moments and step count are the checkpoint's."""
+    from sinkbench import saving
+
+    settings = ("lr", "betas", "eps", "weight_decay", "max_lr", "min_lr", "wd_mult")
+
+    def groups(engine: Any) -> list[dict[str, Any]]:
+        (part,) = engine.optimizer.chained_optimizers
+        return [{name: group[name] for name in settings} for group in part.optimizer.param_groups]
+
+    with an_engine([*ENGINE, *CHANGED]) as engine:
+        engine.train_step([batch_of(engine, 1)])
+        engine.train_step([batch_of(engine, 2)])
+        expected = groups(engine)
+    with an_engine([*ENGINE, *CHANGED]) as engine:
+        saving.load(engine, CheckpointStore(folder).open(1))
+        (part,) = engine.optimizer.chained_optimizers
+        assert any(bool(state["exp_avg"].any()) for state in part.optimizer.state.values())
+        step(engine, 2)
+        assert groups(engine) == expected
+        assert {float(state["step"]) for state in part.optimizer.state.values()} == {2.0}
+        assert expected[0]["betas"] == (0.5, 0.6)
+        assert len({group["weight_decay"] for group in expected}) == 2
+
+
+def test_changed_settings_of_the_optimizer_count(run_distributed: RunDistributed, tmp_path: Path) -> None:
+    run_distributed(1, rank_saves, tmp_path)
+    run_distributed(1, rank_changes_settings, tmp_path)
+
+
+def rank_loads_of_another_device(rank: int, world_size: int) -> None:
+    """A card's random state is of 16 bytes."""
+    from sinkbench.megatron import state
+
+    with an_engine(ENGINE) as engine:
+        saved = state._random_state_object(engine).data
+        expected = torch.rand(3)
+        state._set_random_state(saved | {"device": torch.zeros(16, dtype=torch.uint8), "tracker": {}})
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_random_states_of_another_device(run_distributed: RunDistributed) -> None:
+    run_distributed(1, rank_loads_of_another_device)
+
+
 # --- malice -----------------------------------------------------------------------------------------
 
 
