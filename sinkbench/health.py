@@ -102,6 +102,8 @@ class Health:
             what = f"the loss jumped to {result.loss:.4g} (mean {mean:.4g}, deviation {deviation:.2g})"
         else:
             what = f"the {'gradient' if finite else 'loss'} is not finite"
+            if result.tokens == 0:
+                what = "no token has a weight above 0"
         stop = self.skipped > self.config.max_skipped_steps or (spike and self.config.on_spike == "stop")
         if not result.updated and not stop:
             what += f"; no update ({self.skipped} of at most {self.config.max_skipped_steps} running)"

@@ -245,7 +245,8 @@ class Trainer:
         self._log(step, trouble.event, trouble.values)
         if trouble.stop:
             self.saver.wait()
-            raise DivergedError(f"step {step}", f"{trouble.what}{self._cause(step, batch)}", trouble.remedy)
+            cause = self._cause(step, batch) if result.tokens else ""
+            raise DivergedError(f"step {step}", f"{trouble.what}{cause}", trouble.remedy)
         if self.layout.is_main:
             _log.warning("step %d: %s", step, trouble.what)
 
@@ -295,13 +296,16 @@ class Trainer:
         return batch | {"document_start": document_start[:, : self.config.model.seq_length].contiguous()}
 
     def _validate(self, step: int) -> None:
-        """Token loss of each held-out domain, and over all of them."""
+        """Token loss of each held-out domain that has tokens, and over all of them."""
         losses: dict[str, float] = {}
         total = tokens = 0.0
         for domain in self.source.domains:
             loss, count = self.engine.evaluate(self._held_out(domain))
-            losses[f"loss/{domain}"] = loss
-            total, tokens = total + loss * count, tokens + count
+            if count:
+                losses[f"loss/{domain}"] = loss
+                total, tokens = total + loss * count, tokens + count
+            elif self.layout.is_main:
+                _log.warning("validation: no token held out of %s has a weight above 0", domain)
         if not tokens:
             problem = "no token of the held-out sequences has a weight above 0"
             raise DataError("validation.sequences", problem, "raise it, or hold out more documents")

@@ -236,7 +236,7 @@ class Network(LanguageModule):  # type: ignore[misc]
             own = self.config.gradient_accumulation_fusion and hasattr(weight, "main_grad") and not tied
             setting = Setting(
                 group=self.tp_group,
-                z_loss=self.loss.z_loss,
+                z_loss=self._z_loss,
                 sequence_parallel=self.config.sequence_parallel,
                 weight=weight if own else None,
             )
@@ -252,14 +252,19 @@ class Network(LanguageModule):  # type: ignore[misc]
         rotated = int(self.config.kv_channels * rotary.fraction) // 2 * 2
         return reference.rotation(position, rotated, rotary.base)
 
+    @property
+    def _z_loss(self) -> float:
+        """In training; validation is of the tokens' loss."""
+        return self.loss.z_loss if self.training else 0.0
+
     def _token_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        if not self.loss.z_loss:
+        if not self._z_loss:
             losses: Tensor = self.compute_language_model_loss(targets, logits)
             return losses
         # megatron's cross entropy overwrites float32 logits.
         partition = self._log_partition(logits.to(torch.float32, copy=True))
         losses = self.compute_language_model_loss(targets, logits)
-        return losses + self.loss.z_loss * partition.square().transpose(0, 1)
+        return losses + self._z_loss * partition.square().transpose(0, 1)
 
     def _log_partition(self, logits: Tensor) -> Tensor:
         """log sum exp over the whole vocabulary, [s, b]."""

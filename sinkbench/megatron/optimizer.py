@@ -259,7 +259,8 @@ def keep_settings(optimizer: Any, saved: dict[Any, Any]) -> None:
     for part, state in zip(chained, states, strict=True):
         if part.optimizer is None:
             continue
-        step = {"step": group["step"] for group in state["optimizer"]["param_groups"] if "step" in group}
+        groups = state["optimizer"]["param_groups"]
+        step = {"step": groups[0]["step"]} if groups and "step" in groups[0] else {}  # one for all
         state["optimizer"]["param_groups"] = [
             {name: value for name, value in group.items() if name != "params"} | step
             for group in part.optimizer.param_groups

@@ -169,7 +169,7 @@ def _seed(seed: int, parallel_state: Any, tensor_parallel: Any) -> None:
 
 def _let_captures_be(tracker: Any) -> None:
     """Under sequence parallelism megatron's block runs its layers with the random state of this rank, which
-    cannot be set while a CUDA graph is captured. Nothing in a pass is random: there is no dropout."""
+    cannot be set while a CUDA graph is captured. What is captured has no dropout (``step_graph``)."""
     fork = tracker.fork
 
     def unless_capturing(*name: str) -> AbstractContextManager[None]:

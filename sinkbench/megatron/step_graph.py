@@ -75,6 +75,9 @@ def _lacks(config: Config, device: str) -> list[str]:
             config.train.recompute != "none"
         ),
         "does not go with pipeline parallelism, whose ranks wait for each other": parallel.pipeline > 1,
+        "does not go with dropout under sequence parallelism, which has a random state on each rank": (
+            parallel.sequence and bool(config.model.megatron.get("hidden_dropout"))
+        ),
     }
     return [what for what, lacking in lacks.items() if lacking]
 
@@ -157,7 +160,10 @@ class StepGraphs:
 
     def _captured(self, memory: _Memory, last: bool, reset: Callable[[], None]) -> bool:
         def add() -> None:
-            report, tokens = self._one(memory.batch, memory.tokens, last)
+            # As tensors of this graph alone: what an attention keeps by a batch's tensor, as a mask of its
+            # documents, is then made by each graph for its own micro-batch.
+            batch = {name: tensor.detach() for name, tensor in memory.batch.items()}
+            report, tokens = self._one(batch, memory.tokens, last)
             memory.report.add_(report)
             memory.tokens.copy_(tokens)
 

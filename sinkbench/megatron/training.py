@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -41,7 +42,7 @@ class StepResult:
     """The same on all ranks.
 
     Attributes:
-        loss: mean over the global batch's weighted tokens.
+        loss: mean over the global batch's weighted tokens, NaN if there are none.
         tokens: how many had a weight above 0.
         grad_norm: before clipping.
         updated: whether the parameters were; if not, neither was the optimizer's state.
@@ -77,6 +78,7 @@ class Engine:
         fused = "optimizer" in fusions.chosen(config, layout.device)
         # FusedAdam's kernels, of other packages, heed no decision of the card's.
         self._fused_update = fused and config.optim.implementation == "torch"
+        self._recorded_buffers: list[Tensor] = []
         self._tokens: Tensor | None = None
         """Of the whole batch, once its gradients are summed: what they are still to be divided by."""
         if fused:
@@ -118,9 +120,9 @@ class Engine:
         meanwhile: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """One update from this data-parallel rank's micro-batches (after the loss's transform). There is
-        none if ``health`` refuses the loss or the gradient's norm is not finite; the schedule goes on. On a
-        card the update may still run afterwards: parameters and optimizer state are those after it for
-        whatever is given to the current stream.
+        none if ``health`` refuses the loss, as it does NaN, or the gradient's norm is not finite; the
+        schedule goes on. On a card the update may still run afterwards: parameters and optimizer state are
+        those after it for whatever is given to the current stream.
 
         Args:
             wants_stop: whether this rank asks the run to stop; asked once its gradients are under way.
@@ -161,9 +163,16 @@ class Engine:
             for parameter in stage.params_with_grad:
                 parameter.grad = None
 
+    def _begin_again(self) -> None:
+        """A step of which some has run: a pass that failed may have left a bucket waiting for gradients."""
+        for stage in self.stages:
+            for group in (*stage.bucket_groups, *stage.expert_parallel_bucket_groups):
+                group.grad_reduce_handle = None
+        self._zero_gradients()
+
     def _gradients(self, micro_batches: Sequence[Batch]) -> list[Tensor]:
         """Adds up and reduces those of a step; what the last stage reports."""
-        if self.graphs is None or not self.graphs.ready(micro_batches, self._zero_gradients):
+        if self.graphs is None or not self.graphs.ready(micro_batches, self._begin_again):
             return self._run(micro_batches, forward_only=False)
         report, self._tokens = self.graphs.run(micro_batches)
         return [report]
@@ -185,6 +194,10 @@ class Engine:
                 (report,) = self._run([batch], forward_only=False)
         finally:
             schedule.finalize_model_grads_func, schedule.no_sync_func = usual
+        # Replays go on with megatron's buffers of this pass, where a larger probe leads to larger ones.
+        for buffer in parallel_state.get_global_memory_buffer().buffer.values():
+            if not any(buffer is kept for kept in self._recorded_buffers):
+                self._recorded_buffers.append(buffer)
         assert self._tokens is not None
         return report, self._tokens
 
@@ -202,7 +215,8 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[Batch]) -> tuple[float, int]:
-        """Mean token loss over the micro-batches of all data-parallel ranks, and their tokens."""
+        """Mean token loss over the micro-batches of all data-parallel ranks, NaN if none has a weight above
+        0, and their tokens."""
         self._set_training(False)
         loss, tokens, _ = self._totals(self._run(micro_batches, forward_only=True)).tolist()
         return loss, int(tokens)
@@ -241,7 +255,7 @@ class Engine:
         brings = groups.pp.rank() == groups.pp.size() - 1 and groups.tp.rank() == 0
         total[:2] = sum(reports[1:], reports[0]) if brings else 0.0
         dist.all_reduce(total)
-        total[0] /= total[1].clamp(min=1)
+        total[0] /= total[1]
         return total
 
 

@@ -14,6 +14,7 @@ from sinkbench.errors import RecipeError
 from sinkbench.testing import RunDistributed
 from tests.distributed.runs import LAYOUTS, SWIGLU, prepare
 from tests.distributed.test_fusions import TINY, trained
+from tests.distributed.test_saving import ENGINE, an_engine, batch_of, step
 
 STEPS = 6
 
@@ -95,8 +96,110 @@ def test_a_failed_capture(run_distributed: RunDistributed) -> None:
     run_distributed(1, rank_goes_on, timeout=280)
 
 
+def rank_fails_backwards(rank: int, world_size: int) -> None:
+    """With a bucket's gradients under way, and another's not yet there."""
+    from functools import partial
+
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    from sinkbench.megatron import training
+
+    capturing = False
+
+    class Waits(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            if capturing:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return grad
+
+    def record(function: Callable[[], None]) -> Any:
+        nonlocal capturing
+        capturing = True
+        try:
+            function()
+        finally:
+            capturing = False
+
+    def losses(graphs: bool) -> list[float]:
+        with an_engine(ENGINE) as engine:
+            assert len(engine.stages[0].bucket_groups) > 1
+            if graphs:
+                replaying(record, must=False)(engine)
+            first = engine.networks[0].decoder.layers[0]
+            waits: Callable[..., torch.Tensor] = Waits.apply
+            first.register_forward_hook(lambda module, given, output: (waits(output[0]), *output[1:]))
+            return [engine.train_step([batch_of(engine, number)]).loss for number in range(5)]
+
+    small = partial(DistributedDataParallelConfig, bucket_size=2000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "DistributedDataParallelConfig", small)
+        assert losses(graphs=True) == losses(graphs=False)
+
+
+def test_a_capture_that_fails_in_the_backward_pass(run_distributed: RunDistributed) -> None:
+    run_distributed(1, rank_fails_backwards, timeout=280)
+
+
 def nothing() -> None:
     """There is nothing to bring back."""
+
+
+def rank_keeps_masks(rank: int, world_size: int) -> None:
+    """Of documents: what makes a graph's mask is in that graph."""
+    from sinkbench.attention import flex
+    from sinkbench.megatron.step_graph import WARM_UP, StepGraphs
+
+    masks = []
+
+    def one(batch: Any, tokens: torch.Tensor, last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        for _ in range(2):  # layers
+            masks.append(flex.document_mask(batch["document_start"], None))
+        return torch.zeros(2, dtype=torch.float64), tokens + 1
+
+    def record(function: Callable[[], None]) -> Any:
+        function()
+        return function
+
+    graphs = StepGraphs(one, must=True, record=record)
+    batch = {"tokens": torch.zeros(1, 256), "document_start": torch.zeros(1, 256, dtype=torch.int)}
+    assert [graphs.ready([batch, batch], nothing) for _ in range(WARM_UP + 1)][-1]
+    first, again, other, other_again = masks
+    assert first is again
+    assert other is other_again
+    assert first is not other
+
+
+def test_each_graph_makes_its_own_masks(run_distributed: RunDistributed) -> None:
+    run_distributed(1, rank_keeps_masks)
+
+
+def rank_probes_later(rank: int, world_size: int) -> None:
+    """More tokens than a micro-batch has lead megatron to larger buffers; replays have the smaller ones."""
+    from weakref import ref
+
+    from megatron.core import parallel_state
+
+    overrides = [*ENGINE, "parallel={tensor: 2, sequence: true}"]
+    with an_engine(overrides) as engine:
+        replaying(Kept())(engine)
+        for number in range(5):
+            step(engine, number)
+        buffers = parallel_state.get_global_memory_buffer().buffer
+        recorded = [ref(tensor) for tensor in buffers.values()]
+        assert recorded
+        before = {name: tensor.numel() for name, tensor in buffers.items()}
+        engine.forward([{"tokens": torch.randint(0, 65, (50, 64))}])
+        assert any(tensor.numel() > before[name] for name, tensor in buffers.items())
+        assert all(tensor() is not None for tensor in recorded)
+
+
+def test_buffers_of_replays_stay(run_distributed: RunDistributed) -> None:
+    run_distributed(2, rank_probes_later)
 
 
 def rank_has_other_shapes(rank: int, world_size: int) -> None:
@@ -152,13 +255,15 @@ def rank_chooses(rank: int, world_size: int) -> list[bool]:
         (("parallel.tensor=2", "train.recompute=full"), "cuda", 2),
         (("parallel.tensor=2", "train.cuda_graph=false"), "cuda", 2),
         (("train.cuda_graph=true",), "cuda", 2),
+        (("parallel={tensor: 2, sequence: true}", "model.megatron={hidden_dropout: 0.1}"), "cuda", 2),
+        (("parallel={tensor: 2}", "model.megatron={hidden_dropout: 0.1}"), "cuda", 2),
     ]
     return [replays(prepare((*SWIGLU, *overrides))[0], device, size) for overrides, device, size in cases]
 
 
 def test_one_replica_on_its_cards_is_replayed(run_distributed: RunDistributed) -> None:
     (found,) = run_distributed(1, rank_chooses)
-    assert found == [True, False, False, True, True, False, False, False, False, True]
+    assert found == [True, False, False, True, True, False, False, False, False, True, False, True]
 
 
 def rank_leaves(rank: int, world_size: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -222,6 +224,71 @@ def disturb(engine: Any) -> None:
     assert not any(module.training for module in network.modules())
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
+
+
+def rank_has_no_tokens(rank: int, world_size: int) -> None:
+    with an_engine(ENGINE) as engine:
+        engine.train_step([batch_of(engine, 1)])
+        before = [p.detach().clone() for p in engine.networks[0].parameters()]
+        batch = batch_of(engine, 2)
+        batch["weights"] = torch.zeros_like(batch["weights"])
+        result = engine.train_step([batch])
+        assert (result.tokens, result.updated, math.isnan(result.loss)) == (0, False, True)
+        assert all(map(torch.equal, engine.networks[0].parameters(), before))
+        trouble = engine.health.after(result)
+        assert trouble.what.startswith("no token has a weight above 0; no update")
+        assert trouble.values["loss"] is None
+        assert engine.health.statistics.count == 0
+        loss, tokens = engine.evaluate([batch])
+        assert math.isnan(loss)
+        assert tokens == 0
+
+
+def rank_has_z_loss(rank: int, world_size: int, fused: str) -> None:
+    """It is trained on, and is no part of the validation loss."""
+    with an_engine([*ENGINE, f"train.fused={fused}"]) as engine:
+        (network,) = engine.networks
+        batch = batch_of(engine, 1)
+        loss, tokens = engine.evaluate([batch])
+        network.loss = replace(network.loss, z_loss=1.0)
+        assert engine.evaluate([batch]) == (loss, tokens)
+        assert engine.train_step([batch]).loss > loss + 1
+
+
+@pytest.mark.parametrize("fused", ["[]", "[loss]"])
+def test_validation_is_without_z_loss(run_distributed: RunDistributed, fused: str) -> None:
+    run_distributed(1, rank_has_z_loss, fused)
+
+
+def test_a_step_without_weighted_tokens(run_distributed: RunDistributed) -> None:
+    run_distributed(1, rank_has_no_tokens)
+
+
+def rank_validates(rank: int, world_size: int) -> None:
+    """A domain whose held-out sequences have no weighted token has no loss, instead of a perfect one."""
+    from types import SimpleNamespace
+
+    from sinkbench.trainer import Trainer
+
+    logged: dict[str, float] = {}
+    warned: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: warned.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("sinkbench.trainer").addHandler(handler)
+    trainer: Any = SimpleNamespace(
+        source=SimpleNamespace(domains=["code", "chat"]),
+        engine=SimpleNamespace(evaluate={"code": (2.0, 10), "chat": (math.nan, 0)}.__getitem__),
+        layout=SimpleNamespace(is_main=True),
+        _held_out=lambda domain: domain,
+        _log=lambda step, event, values: logged.update(values),
+    )
+    Trainer._validate(trainer, 1)
+    assert logged == {"loss": 2.0, "loss/code": 2.0}
+    assert warned == ["validation: no token held out of chat has a weight above 0"]
+
+
+def test_validation_of_a_domain_without_weighted_tokens(run_distributed: RunDistributed) -> None:
+    run_distributed(1, rank_validates)
 
 
 def norms(between: Callable[[Any], None]) -> list[float]:
