@@ -81,6 +81,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     try:
         checkpoint = _parse(folder, json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
+        if steps := CheckpointStore(folder / "checkpoints").steps():
+            remedy = f"name one of its checkpoints, as {folder / 'checkpoints' / f'step_{steps[-1]}'}"
+            raise CheckpointError(str(folder), "is a run, not a checkpoint", remedy) from None
         problem = f"{INFO} is missing, so it is not a complete checkpoint"
         raise CheckpointError(str(folder), problem, USE_EARLIER) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
@@ -127,6 +127,13 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(str(argument) for argument in arguments)
     if origin in (Union, UnionType):
         return " | ".join(_type_name(argument) for argument in arguments)
+    if origin is Annotated:  # by what values are checked
+        return _type_name(arguments[0])
+    if origin is not None and arguments:
+        inner = ", ".join("..." if argument is Ellipsis else _type_name(argument) for argument in arguments)
+        return f"{origin.__name__}[{inner}]"
+    if annotation is type(None):
+        return "null"
     return annotation.__name__ if isinstance(annotation, type) and not origin else str(annotation)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import select
 import signal
 import sys
@@ -27,7 +28,9 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors end a command as all others do."""
 
     def error(self, message: str) -> NoReturn:
-        raise SinkbenchError(self.prog, message, f"see {self.prog} --help")
+        override = re.search(r"unrecognized arguments: .*?--([\w.]+\.[\w.]+=\S*)", message)
+        remedy = f"write {override[1]}" if override else f"see {self.prog} --help"
+        raise SinkbenchError(self.prog, message, remedy)
 
 
 def run_command(function: Callable[[], int | None]) -> int:

@@ -27,6 +27,27 @@ _REMEDIES = {
 }
 
 
+_OTHER_NAMES = {
+    "adam_betas": "betas",
+    "batch_size": "global_batch_size",
+    "context_length": "seq_length",
+    "dtype": "precision",
+    "grad_clip": "clip_grad",
+    "hidden_dim": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "learning_rate": "lr",
+    "max_grad_norm": "clip_grad",
+    "max_seq_len": "seq_length",
+    "max_steps": "steps",
+    "num_heads": "num_attention_heads",
+    "num_hidden_layers": "num_layers",
+    "num_key_value_heads": "num_query_groups",
+    "num_steps": "steps",
+    "wd": "weight_decay",
+}
+"""What other programs call some keys."""
+
+
 @dataclass(frozen=True)
 class Fault:
     """One error: the dotted key it concerns, relative to what was validated."""
@@ -122,6 +143,8 @@ def _written(location: Location, values: Any, missing: bool) -> list[int | str]:
 def _known_keys(key: str, word: str, section: Location, schema: type[BaseModel], also: Iterable[str]) -> str:
     """The remedy for an unknown key: a near one of its section, or of another."""
     here = {*_keys(_models_at(section, schema)), *also} - {word}  # a sweep cannot sweep its sweep
+    if (usual := _OTHER_NAMES.get(word)) in here:
+        return f"did you mean {usual}?"
     everywhere = set(all_keys(schema))
     # A key that exists under this path belongs to another member of a union.
     if key not in everywhere and not difflib.get_close_matches(word, here, n=1):

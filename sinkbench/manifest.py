@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import platform
 import subprocess
 import sys
@@ -11,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import sinkbench
 from sinkbench import packages
+from sinkbench.data.manifest import file_sha256
 from sinkbench.redaction import redact
 
 if TYPE_CHECKING:
+    from sinkbench.api import Params, Plugin
     from sinkbench.megatron.parallel import Layout
     from sinkbench.model import Declarations
     from sinkbench.plugins import Resolved
@@ -52,6 +55,8 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
                 "package": chosen.package.distribution,
                 "version": chosen.package.version,
                 "module": chosen.package.module,
+                "source": source_sha256(chosen.plugin),
+                "defaults": defaults(chosen.params),
             }
             for chosen in resolved
         },
@@ -59,6 +64,21 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
         "vocab_size": declared.context.vocab_size,
         "padded_vocab_size": declared.padded_vocab_size,
     }
+
+
+def source_sha256(plugin: Plugin) -> str | None:
+    """Of the file that defines a plugin; None where there is none, as for one that is made at run time."""
+    try:
+        path = inspect.getsourcefile(inspect.unwrap(plugin.build))
+    except TypeError:
+        return None
+    return None if path is None else file_sha256(Path(path))
+
+
+def defaults(params: Params) -> dict[str, Any]:
+    """The parameters that a recipe leaves to the plugin."""
+    values: dict[str, Any] = params.model_dump(mode="json", exclude=params.model_fields_set)
+    return values
 
 
 def programs(declared: Declarations) -> dict[str, str | None]:

@@ -16,6 +16,7 @@ from sinkbench import packages
 from sinkbench.batching import data_parallel_size, micro_batch_size
 from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import Config
+from sinkbench.data import run_tokenizer
 from sinkbench.errors import HostError
 from sinkbench.flops import parameters, vocab_size
 from sinkbench.run_folder import folder_of, refuse_other_recipe
@@ -84,11 +85,15 @@ def check_host(config: Config) -> None:
         HostError: the folder cannot be written; the processes do not suit the layout; a package that the
             recipe names is absent; it does not fit into memory.
         RecipeError: the folder holds a run of another recipe; the batch does not divide.
+        DataError: the data are of another tokenizer than those that the run in the folder began with.
         CheckpointError: the checkpoint to start from is absent or damaged.
     """
     folder = folder_of(config)
     _check_writable(folder)
     refuse_other_recipe(folder, config)
+    tokenizer = run_tokenizer.of_prepared(config) if folder.is_dir() else None
+    if tokenizer is not None:
+        run_tokenizer.refuse_other(tokenizer, folder)
     start = config.checkpoint.start_from
     if start is not None and not CheckpointStore(folder / "checkpoints").steps():
         open_checkpoint(Path(start).expanduser())

@@ -104,6 +104,38 @@ class RunFolder:
             raise
         return lock
 
+    def refuse_other_defaults(self, manifest: dict[str, Any]) -> None:
+        """Checks that plugins give the parameters that the recipe does not name the values that they had when
+        the run began. A warning says whose source is another.
+
+        Args:
+            manifest: of the run as it is to go on.
+
+        Raises:
+            RecipeError: a default is another.
+        """
+        try:
+            before = json.loads((self.path / "manifest.json").read_text())["plugins"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # a new run, or one that was killed before it had begun
+        for path, now in manifest["plugins"].items():
+            was = before.get(path, {})
+            if was.get("name") != now["name"] or is_within(path, "measure"):
+                continue
+            if was.get("source", now["source"]) != now["source"] and now["package"] != "sinkbench":
+                _log.warning("%s: the source of %s has changed since this run began", path, now["name"])
+            for key, value in now["defaults"].items():
+                self._refuse_default(f"{path}.{key}", was.get("defaults", {}).get(key, value), value)
+
+    def _refuse_default(self, key: str, before: Any, now: Any) -> None:
+        allowed = any(is_within(key, prefix) for prefix in self.config.checkpoint.allow_change)
+        if before != now and not allowed:
+            raise RecipeError(
+                key,
+                f"its default was {show(before)} when the run in {self.path} began, and is {show(now)}",
+                f"set another name, or go on with {key}={show(before)} 'checkpoint.allow_change=[{key}]'",
+            )
+
     def begin(self, start_step: int, manifest: dict[str, Any]) -> None:
         """Writes recipe and manifest, and drops metrics beyond the step that training resumes from, and
         what no longer holds of a run that goes on."""

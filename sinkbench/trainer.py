@@ -20,8 +20,9 @@ from sinkbench.batching import data_parallel_size, micro_batch_size
 from sinkbench.checkpoint import CheckpointStore
 from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
-from sinkbench.data.run_tokenizer import keep_tokenizer
+from sinkbench.data.run_tokenizer import find_kept, keep_tokenizer, refuse_other
 from sinkbench.data.source import SequenceSource, open_source
+from sinkbench.data.tokenizer import load_tokenizer
 from sinkbench.errors import DataError, DivergedError, RecipeError, SinkbenchError, Stopped
 from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.measure.results import StepMetrics, write
@@ -115,13 +116,29 @@ class Trainer:
         self.tokens = 0
         self.sinks: list[Sink] = []
         # Last, so that a run that cannot start leaves no folder.
-        self.folder = on_main(layout, lambda: RunFolder(config))
+        self.folder = on_main(layout, self._open_folder)
         self.share = None if layout.is_main else join(folder_of(config))
+
+    def _open_folder(self) -> RunFolder:
+        folder = RunFolder(self.config)
+        try:
+            folder.refuse_other_defaults(self.manifest)
+            if self.source.tokenizer is not None:
+                refuse_other(load_tokenizer(self.source.tokenizer).sha256, folder.path)
+        except BaseException:
+            folder.close()
+            raise
+        return folder
 
     def _load_start(self, stages: list[Any], folder: Path) -> None:
         from sinkbench.megatron import state
 
         open_good(folder, self.layout, self.config.checkpoint.verify)
+        kept = find_kept(folder)
+        own = self.source.tokenizer
+        other = kept is not None and own is not None and load_tokenizer(own).sha256 != kept.sha256
+        if other and self.layout.is_main:
+            _log.warning("%s is of another tokenizer than the data: its tokens mean other text", folder)
         missing = state.load_weights(stages, folder, other_attention=True)
         if missing and self.layout.is_main:
             names = ", ".join(missing)
@@ -166,7 +183,8 @@ class Trainer:
         self.sinks = open_sinks(self.config, self.folder.path, start)
         if self.config.log.progress:
             programs = manifest.in_words(self.declared)
-            print(f"{self.config.name}: {programs}", file=sys.stderr, flush=True)
+            resumed = f"goes on from step {start}, " if start else ""
+            print(f"{self.config.name}: {resumed}{programs}", file=sys.stderr, flush=True)
 
     def _resume(self) -> int:
         checkpoint = newest_good(self.store, self.layout, self.config.checkpoint.verify)

@@ -8,6 +8,7 @@ response or of a document that is no dialogue.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 from pathlib import Path
 from typing import Literal
@@ -76,6 +77,13 @@ class Manifest(_Record):
     """of the .bin, .idx and .mask files; a split without documents has none."""
 
 
+def _prepare_or(folder: Path) -> str:
+    beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    close = difflib.get_close_matches(folder.name, beside, n=1)
+    remedy = "prepare it with `sinkbench data prepare`"
+    return f"did you mean {folder.parent / close[0]}? Or {remedy}" if close else remedy
+
+
 def load_manifest(folder: Path) -> Manifest:
     """The manifest of a prepared folder.
 
@@ -84,7 +92,7 @@ def load_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise DataError(str(folder), "no such folder", "prepare it with `sinkbench data prepare`")
+        raise DataError(str(folder), "no such folder", _prepare_or(folder))
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

@@ -19,6 +19,32 @@ FOLDER = "tokenizer"
 _log = logging.getLogger(__name__)
 
 
+def refuse_other(sha256: str, run: Path) -> None:
+    """Checks that data are made with the tokenizer that a run folder keeps, if it keeps one.
+
+    Args:
+        sha256: of the data's.
+
+    Raises:
+        DataError: they are made with another.
+    """
+    kept = run / FOLDER
+    if kept.is_dir() and load_tokenizer(kept).sha256 != sha256:
+        problem = "the run began with data of another tokenizer, which is kept here"
+        raise DataError(str(kept), problem, "name data that are prepared with it, or set another name")
+
+
+def of_prepared(config: Config) -> str | None:
+    """sha256 of the tokenizer that the recipe's data are prepared with, by what they say of themselves; None
+    for synthetic data and for data that are not there yet."""
+    if isinstance(config.data, BigramBackcopyConfig):
+        return None
+    try:
+        return load_manifest(_prepared_folder(config.data)).tokenizer.sha256
+    except DataError:
+        return None  # who opens them says what is wrong
+
+
 def keep_tokenizer(path: Path, run: Path) -> None:
     """Copies the tokenizer of the data into a run folder, unless it has one.
 
@@ -36,6 +62,14 @@ def keep_tokenizer(path: Path, run: Path) -> None:
     writing.rename(run / FOLDER)
 
 
+def find_kept(checkpoint: Path) -> Tokenizer | None:
+    """The tokenizer in the folder of a checkpoint, or of its run."""
+    for place in (checkpoint, checkpoint.absolute().parent.parent):
+        if (place / FOLDER).is_dir():
+            return load_tokenizer(place / FOLDER)
+    return None
+
+
 def find_tokenizer(config: Config, checkpoint: Path, given: Path | None = None) -> Tokenizer | None:
     """The given tokenizer, or that in the folder of the checkpoint or of its run, or else that of the
     prepared data, which are never prepared anew; None for synthetic data.
@@ -48,9 +82,8 @@ def find_tokenizer(config: Config, checkpoint: Path, given: Path | None = None) 
     """
     if given is not None:
         return load_tokenizer(given)
-    for place in (checkpoint, checkpoint.absolute().parent.parent):
-        if (place / FOLDER).is_dir():
-            return load_tokenizer(place / FOLDER)
+    if (kept := find_kept(checkpoint)) is not None:
+        return kept
     if isinstance(config.data, BigramBackcopyConfig):
         return None
     try:
@@ -63,12 +96,18 @@ def find_tokenizer(config: Config, checkpoint: Path, given: Path | None = None) 
 def _of_data(data: IndexedConfig) -> Tokenizer:
     if data.prepare is not None and data.prepare.tokenizer.path is not None:
         return load_tokenizer(Path(data.prepare.tokenizer.path).expanduser())
-    folder = cached_folder(data.prepare) if data.prepare else Path(data.train[0].path).expanduser()
-    if not (folder / MANIFEST).exists():  # it may hold prepared folders, which share their tokenizer
-        folder = next((found.parent for found in sorted(folder.glob(f"*/{MANIFEST}"))), folder)
+    folder = _prepared_folder(data)
     record = load_manifest(folder).tokenizer
     tokenizer = load_tokenizer(folder / record.path)
     if tokenizer.sha256 != record.sha256:
         problem = "is not the tokenizer that the data were prepared with"
         raise DataError(str(tokenizer.path), problem, "prepare the data again")
     return tokenizer
+
+
+def _prepared_folder(data: IndexedConfig) -> Path:
+    folder = cached_folder(data.prepare) if data.prepare else Path(data.train[0].path).expanduser()
+    if (folder / MANIFEST).exists():
+        return folder
+    # It may hold prepared folders, which share their tokenizer.
+    return next((found.parent for found in sorted(folder.glob(f"*/{MANIFEST}"))), folder)

@@ -204,6 +204,7 @@ def load(engine: Engine, folder: Path, *, same_layout: bool) -> None:
     """
     prepare_for_loading(engine.optimizer)
     state = _model_state(engine.networks)
+    _check_shapes(state, folder)
     state["optimizer"] = engine.optimizer.sharded_state_dict(
         state, is_loading=True, metadata=_OPTIMIZER_FORMAT
     )
@@ -273,6 +274,16 @@ def load_weights(networks: Sequence[Any], folder: Path, *, other_attention: bool
 def _tensors(value: Any) -> list[ShardedTensor]:
     """A gated projection is stored by a factory that makes two."""
     return list(nested_values(value.build())) if isinstance(value, ShardedTensorFactory) else [value]
+
+
+def _check_shapes(state: dict[str, Any], folder: Path) -> None:
+    """megatron itself lets the vocabulary's size be another, and fills up what is missing."""
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    for part in state.values():
+        for name, value in part.items():
+            if not name.endswith("_extra_state"):
+                for tensor in _tensors(value):
+                    _check_shape(tensor, stored, folder)
 
 
 def _check_shape(tensor: ShardedTensor, stored: dict[str, ShardedTensor], folder: Path) -> None:

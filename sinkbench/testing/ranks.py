@@ -107,11 +107,19 @@ def micro_batches(config: Config, declared: Declarations, step: int) -> list[Bat
     return [declared.loss.transform(part) for part in parts]
 
 
-def rank_trains(rank: int, world_size: int, subject: Subject, overrides: Sequence[str]) -> Trained:
-    """Trains a few steps, then probes."""
+def rank_trains(
+    rank: int, world_size: int, subject: Subject, overrides: Sequence[str], change: float = 0.0
+) -> Trained:
+    """Trains a few steps, then probes.
+
+    Args:
+        change: relative size of a random change of all weights before.
+    """
     from sinkbench.measure.probe import Probe
 
     with engine_of(subject, *overrides) as (engine, config, declared, metrics):
+        if change:
+            _change(engine, change)
         losses, norms, gradients = [], [], []
         for step in range(STEPS):
             result = engine.train_step(micro_batches(config, declared, step))
@@ -125,6 +133,15 @@ def rank_trains(rank: int, world_size: int, subject: Subject, overrides: Sequenc
         return Trained(
             losses=losses, norms=norms, gradients=gradients[0], idle=set.intersection(*idle), probe=probe
         )
+
+
+@torch.no_grad()
+def _change(engine: Engine, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for network in engine.networks:
+        for parameter in network.parameters():
+            parameter *= 1 + size * torch.randn(parameter.shape, generator=generator)
+    engine.optimizer.reload_model_params()
 
 
 def _gradients(engine: Engine, config: Config) -> list[Share]:

@@ -27,6 +27,10 @@ _ERROR = re.compile(r"[\w.]+(?:Error|Exception|Exit|Interrupt|Failure)\b")
 _NOT_THE_CAUSE = re.compile(r"/(torch|megatron|multiprocessing|transformers|sinkbench)/|/contextlib\.py$")
 
 
+CHANGE = 1e-6
+"""Relative; sums in another order make less of a difference."""
+
+
 class Failed(Exception):
     """A check failed: what, where and how much."""
 
@@ -86,6 +90,16 @@ class Session:
         (trained,) = self.on_ranks(1, ranks.rank_trains, ())
         found: ranks.Trained = trained
         return found
+
+    @cached_property
+    def drift(self) -> dict[str, list[float]]:
+        """How far a small change of the weights moves losses and norms of each step, relatively."""
+        (changed,) = self.on_ranks(1, ranks.rank_trains, (), CHANGE)
+        alone = {"losses": self.alone.losses, "norms": self.alone.norms}
+        moved = {"losses": changed.losses, "norms": changed.norms}
+        return {
+            key: [abs(a - b) / abs(b) for a, b in zip(moved[key], alone[key], strict=True)] for key in alone
+        }
 
     @cached_property
     def inspected(self) -> ranks.Inspected:

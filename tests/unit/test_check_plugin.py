@@ -107,6 +107,11 @@ def test_a_fault_is_found_and_explained(kind: str, name: str, build: Any, words:
     assert usually.startswith("    usually: ")
 
 
+@pytest.mark.parametrize("name", ["tensor parallel", "context parallel"])
+def test_rounding_is_no_fault(name: str) -> None:
+    check("attention", name, broken.plugin(broken.divides_by_little))
+
+
 def test_every_check_has_a_faulty_plugin() -> None:
     tested = {name for table in (FAULTS, SLOW) for faults in table.values() for name, _, _ in faults}
     assert {check.name for check in CHECKS} - tested == {"backends", "export", "triton functions"}

@@ -13,8 +13,10 @@ import pytest
 
 from sinkbench import recipe
 from sinkbench.config import Config
-from sinkbench.errors import CheckpointError, HostError, SinkbenchError
+from sinkbench.data import run_tokenizer
+from sinkbench.errors import CheckpointError, DataError, HostError, SinkbenchError
 from sinkbench.preflight import check_host, check_launcher
+from tests.unit.data_folder import write_folder
 
 HERE = (
     "demo",
@@ -111,6 +113,36 @@ def test_what_a_run_starts_from_matters_once(tmp_path: Path) -> None:
         check_host(config)
     (tmp_path / "new" / "checkpoints" / "step_1").mkdir(parents=True)
     check_host(config)
+
+
+def test_a_run_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "old" / "checkpoints" / "step_20").mkdir(parents=True)
+    (tmp_path / "old" / "checkpoints" / "step_3").mkdir()
+    newest = tmp_path / "old" / "checkpoints" / "step_20"
+    with pytest.raises(CheckpointError) as caught:
+        check_host(config_of(tmp_path, f"checkpoint.start_from={tmp_path / 'old'}"))
+    expected = f"{tmp_path / 'old'}: is a run, not a checkpoint; name one of its checkpoints, as {newest}"
+    assert str(caught.value) == expected
+
+
+def test_data_of_another_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(sha: str) -> Config:
+        data = tmp_path / sha
+        if not data.exists():
+            write_folder(data, [[1] * 300], tokenizer_sha256=sha)
+        return config_of(tmp_path, "data={source: indexed}", f"data.train={data}")
+
+    monkeypatch.setattr(run_tokenizer, "load_tokenizer", lambda path: SimpleNamespace(sha256="a" * 64))
+    check_host(config("b" * 64))  # a new run
+    kept = tmp_path / "new" / "tokenizer"
+    kept.mkdir(parents=True)
+    check_host(config("a" * 64))
+    with pytest.raises(DataError) as caught:
+        check_host(config("b" * 64))
+    assert str(caught.value) == (
+        f"{kept}: the run began with data of another tokenizer, which is kept here; "
+        "name data that are prepared with it, or set another name"
+    )
 
 
 def test_an_address_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:

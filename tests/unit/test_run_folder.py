@@ -8,6 +8,7 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -244,6 +245,33 @@ def test_named_sections_may_change(make: Make) -> None:
     with pytest.raises(RecipeError, match=r"\(seed 1234 -> 2\); set another name, or allow"):
         RunFolder(make("optim={lr: 1e-3, eps: 1e-6}", "seed=2", "checkpoint.allow_change=[optim]"))
     begun(make("optim={lr: 1e-3, eps: 1e-6}", "seed=2", "checkpoint.allow_change=[optim, seed]")).close()
+
+
+def of_plugin(*, source: str = "1", package: str = "mine", **defaults: object) -> dict[str, Any]:
+    plugin = {"name": "cosine", "package": package, "source": source, "defaults": defaults}
+    return {"plugins": {"model.attention": plugin, "measure.metrics[0]": plugin}}
+
+
+def test_another_default_of_a_plugin_is_refused(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    folder = RunFolder(make())
+    folder.refuse_other_defaults(of_plugin(power=2.0))
+    folder.begin(0, of_plugin(power=2.0, scale=1.0))
+    folder.refuse_other_defaults(of_plugin(power=2.0, new=3))
+    with pytest.raises(RecipeError) as caught:
+        folder.refuse_other_defaults(of_plugin(power=3.0))
+    folder.close()
+    key = "model.attention.power"
+    assert str(caught.value) == (
+        f"{key}: its default was 2.0 when the run in runs/small began, and is 3.0; "
+        f"set another name, or go on with {key}=2.0 'checkpoint.allow_change=[{key}]'"
+    )
+    folder = RunFolder(make(f"checkpoint.allow_change=[{key}]"))
+    folder.refuse_other_defaults(of_plugin(power=3.0))
+    assert not caplog.records
+    folder.refuse_other_defaults(of_plugin(power=3.0, source="2"))
+    folder.close()
+    warning = "model.attention: the source of cosine has changed since this run began"
+    assert [record.getMessage() for record in caplog.records] == [warning]
 
 
 @pytest.mark.parametrize("key", ["train", "train.global_batch_size", "model", "model.seq_length"])
