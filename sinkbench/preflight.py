@@ -91,9 +91,7 @@ def check_host(config: Config) -> None:
     folder = folder_of(config)
     _check_writable(folder)
     refuse_other_recipe(folder, config)
-    tokenizer = run_tokenizer.of_prepared(config) if folder.is_dir() else None
-    if tokenizer is not None:
-        run_tokenizer.refuse_other(tokenizer, folder)
+    run_tokenizer.refuse_other(config, folder)
     start = config.checkpoint.start_from
     if start is not None and not CheckpointStore(folder / "checkpoints").steps():
         open_checkpoint(Path(start).expanduser())

@@ -20,9 +20,8 @@ from sinkbench.batching import data_parallel_size, micro_batch_size
 from sinkbench.checkpoint import CheckpointStore
 from sinkbench.config import Config
 from sinkbench.data.loader import micro_batches
-from sinkbench.data.run_tokenizer import find_kept, keep_tokenizer, refuse_other
+from sinkbench.data.run_tokenizer import find_kept, has_other, keep_tokenizer, refuse_other
 from sinkbench.data.source import SequenceSource, open_source
-from sinkbench.data.tokenizer import load_tokenizer
 from sinkbench.errors import DataError, DivergedError, RecipeError, SinkbenchError, Stopped
 from sinkbench.measure.probe import Probe, build_metrics
 from sinkbench.measure.results import StepMetrics, write
@@ -123,8 +122,7 @@ class Trainer:
         folder = RunFolder(self.config)
         try:
             folder.refuse_other_defaults(self.manifest)
-            if self.source.tokenizer is not None:
-                refuse_other(load_tokenizer(self.source.tokenizer).sha256, folder.path)
+            refuse_other(self.config, folder.path)
         except BaseException:
             folder.close()
             raise
@@ -134,10 +132,7 @@ class Trainer:
         from sinkbench.megatron import state
 
         open_good(folder, self.layout, self.config.checkpoint.verify)
-        kept = find_kept(folder)
-        own = self.source.tokenizer
-        other = kept is not None and own is not None and load_tokenizer(own).sha256 != kept.sha256
-        if other and self.layout.is_main:
+        if self.layout.is_main and has_other(self.config, find_kept(folder)):
             _log.warning("%s is of another tokenizer than the data: its tokens mean other text", folder)
         missing = state.load_weights(stages, folder, other_attention=True)
         if missing and self.layout.is_main:

@@ -19,30 +19,27 @@ FOLDER = "tokenizer"
 _log = logging.getLogger(__name__)
 
 
-def refuse_other(sha256: str, run: Path) -> None:
-    """Checks that data are made with the tokenizer that a run folder keeps, if it keeps one.
-
-    Args:
-        sha256: of the data's.
+def refuse_other(config: Config, run: Path) -> None:
+    """Checks that a recipe's data are made with the tokenizer that a run folder keeps, if it keeps one.
 
     Raises:
         DataError: they are made with another.
     """
     kept = run / FOLDER
-    if kept.is_dir() and load_tokenizer(kept).sha256 != sha256:
+    if kept.is_dir() and has_other(config, load_tokenizer(kept)):
         problem = "the run began with data of another tokenizer, which is kept here"
         raise DataError(str(kept), problem, "name data that are prepared with it, or set another name")
 
 
-def of_prepared(config: Config) -> str | None:
-    """sha256 of the tokenizer that the recipe's data are prepared with, by what they say of themselves; None
-    for synthetic data and for data that are not there yet."""
-    if isinstance(config.data, BigramBackcopyConfig):
-        return None
+def has_other(config: Config, tokenizer: Tokenizer | None) -> bool:
+    """Whether a recipe's data say of themselves that they are made with another tokenizer than this one.
+    Synthetic data, and such as are not there yet, do not."""
+    if tokenizer is None or isinstance(config.data, BigramBackcopyConfig):
+        return False
     try:
-        return load_manifest(_prepared_folder(config.data)).tokenizer.sha256
+        return load_manifest(_prepared_folder(config.data)).tokenizer.sha256 != tokenizer.sha256
     except DataError:
-        return None  # who opens them says what is wrong
+        return False  # who opens them says what is wrong
 
 
 def keep_tokenizer(path: Path, run: Path) -> None:
