@@ -561,7 +561,7 @@ class Metric(Protocol):
     the core concatenates batches and gathers layers. ``result`` gets one such dict per layer, in
     order, and returns floats (which go to metrics.jsonl) or nested lists of floats (which go to the
     run's measure folder): by layer, then by head or kv head, then by position; a list whose name ends
-    in ``_tokens`` has the position last.
+    in ``_tokens`` has the position last. A key that two metrics of a recipe return is an error.
     """
 
     def observe(self, capture: LayerCapture) -> Observation: ...

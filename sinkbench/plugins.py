@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from sinkbench import discovery
 from sinkbench.api import KINDS, BuildContext, Params, Plugin
 from sinkbench.config import Config, PluginRef
 from sinkbench.discovery import Broken, Package
-from sinkbench.errors import DEBUG, PluginError, SinkbenchError
+from sinkbench.errors import DEBUG, PluginError, RecipeError, SinkbenchError
 from sinkbench.explain import explain, nearest
 
 
@@ -150,6 +150,7 @@ def resolve(config: Config, index: PluginIndex, provenance: Mapping[str, str] | 
     Raises:
         PluginError: a plugin is unknown or ambiguous, its parameters are wrong, or it does not fit
             the rest of the recipe; all that does not fit is in the one message.
+        RecipeError: a metric is listed twice.
     """
     places = provenance or {}
 
@@ -192,23 +193,47 @@ def resolve_metrics(config: Config, index: PluginIndex) -> tuple[Chosen, ...]:
     """Find and check the metrics alone, for a model that no recipe made.
 
     Raises:
-        PluginError: as ``resolve``.
+        PluginError, RecipeError: as ``resolve``.
     """
     metrics = _metrics(config, index, {})
     _check_fit(metrics, config, index, {})
     return metrics
 
 
+def refuse_repeated(metrics: Iterable[tuple[str, str]]) -> None:
+    """Refuse a metric that is listed twice: its results have the same keys, whatever its parameters.
+
+    Args:
+        metrics: where each is listed, and its name.
+
+    Raises:
+        RecipeError: one is listed twice.
+    """
+    known: set[str] = set()
+    for where, name in metrics:
+        if name in known:
+            problem = f"the metric {name!r} is listed twice, and its results would overwrite each other"
+            example = "{name: sink, eps: [0.3, 0.01]}"
+            remedy = f"list it once, with all values where it takes lists, as in {example}"
+            raise RecipeError(where, problem, remedy)
+        known.add(name)
+
+
 def _metrics(config: Config, index: PluginIndex, places: Mapping[str, str]) -> tuple[Chosen, ...]:
-    return tuple(
-        _choose(index, "metric", f"measure.metrics[{i}]", ref, places)
-        for i, ref in enumerate(config.measure.metrics)
-    )
+    paths = {f"measure.metrics[{i}]": ref for i, ref in enumerate(config.measure.metrics)}
+    refuse_repeated((_where(path, places), ref.name) for path, ref in paths.items())
+    return tuple(_choose(index, "metric", path, ref, places) for path, ref in paths.items())
+
+
+def _where(path: str, places: Mapping[str, str]) -> str:
+    """A plugin's block in the recipe, for errors."""
+    place = places.get(f"{path}.name") or places.get(path)
+    return f"{place}: {path}" if place else path
 
 
 def _choose(index: PluginIndex, kind: str, path: str, ref: PluginRef, places: Mapping[str, str]) -> Chosen:
     name_place = places.get(f"{path}.name") or places.get(path)
-    found = index.get(kind, ref.name, f"{name_place}: {path}" if name_place else path)
+    found = index.get(kind, ref.name, _where(path, places))
     schema = found.plugin.params
     try:
         params = schema.model_validate_json(json.dumps(ref.params), strict=True)

@@ -78,7 +78,7 @@ class Manifest(_Record):
 
 
 def _prepare_or(folder: Path) -> str:
-    beside = [path.name for path in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    beside = [p.name for p in folder.parent.iterdir() if p.is_dir()] if folder.parent.is_dir() else []
     close = difflib.get_close_matches(folder.name, beside, n=1)
     remedy = "prepare it with `sinkbench data prepare`"
     return f"did you mean {folder.parent / close[0]}? Or {remedy}" if close else remedy

@@ -62,7 +62,9 @@ class Model:
         config = recipe.to_config(recipe.load(path))
         train = config.train.model_copy(update={"device": "cpu"})
         here = {"parallel": ParallelConfig(), "train": train, "model": config.model.portable()}
-        resolved = plugins.resolve(config, plugins.discover())
+        # An export needs no metrics: neither their packages, nor that none is listed twice.
+        unmeasured = config.model_copy(update={"measure": config.measure.model_copy(update={"metrics": []})})
+        resolved = plugins.resolve(unmeasured, plugins.discover())
         stored = StoredTensors(folder)
         rows = stored.tensors["embedding.word_embeddings.weight"].shape[0]
         declared = declare(config.model_copy(update=here), resolved, rows)

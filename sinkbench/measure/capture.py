@@ -21,6 +21,7 @@ from sinkbench.api import BLOCK_ELEMENTS, Batch, LayerCapture, Metric, Observati
 from sinkbench.attention import importance, reference
 from sinkbench.attention.importance import WeightSums
 from sinkbench.attention.reference import Problem
+from sinkbench.measure.observations import Values
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
@@ -117,18 +118,18 @@ class Recorder:
             x_sbn = gather_shards(x_sbn, groups.tp, 0)
         return gather_context(x_sbn, groups.cp, 0).transpose(0, 1).float()
 
-    def results(self, count: int) -> dict[str, float | list[Any]]:
-        """The metrics over the first ``count`` sequences and all layers, the same on every rank.
-        Collective over pipeline stages."""
+    def results(self, count: int) -> dict[str, Values]:
+        """The results of each metric over the first ``count`` sequences and all layers, the same on every
+        rank. Collective over pipeline stages."""
         local = {
             layer: {name: _concatenated([o[name] for o in seen], count) for name in self.metrics}
             for layer, seen in self._observed.items()
         }
         layers = _gathered(local, self.layout.groups.pp)
-        results: dict[str, float | list[Any]] = {}
-        for name, metric in self.metrics.items():
-            results |= metric.result([layers[number][name] for number in sorted(layers)])
-        return results
+        return {
+            name: metric.result([layers[number][name] for number in sorted(layers)])
+            for name, metric in self.metrics.items()
+        }
 
 
 class LayerWeights:

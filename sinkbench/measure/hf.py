@@ -8,21 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from sinkbench import plugins
 from sinkbench.api import LayerCapture
 from sinkbench.config import Config
-from sinkbench.errors import DataError, PluginError
+from sinkbench.errors import DataError
 from sinkbench.measure import inputs as probe_inputs
 from sinkbench.measure.hf_capture import LayerWatcher
 from sinkbench.measure.hf_export import is_export
 from sinkbench.measure.hf_forwards import OpenForwards
 from sinkbench.measure.hf_load import OpenModel
 from sinkbench.measure.inputs import Inputs, Tokens
-from sinkbench.measure.observations import Observations
+from sinkbench.measure.observations import Observations, merged
 from sinkbench.measure.results import Result
-from sinkbench.measure.settings import Settings
+from sinkbench.measure.settings import Settings, metric_reference
 from sinkbench.model import build_context
 
 Advance = Callable[[int, int], None]
@@ -118,14 +117,14 @@ def _measure(
                 remedy = "give a model with attention layers"
                 raise DataError(opened.place.target, "no attention was found in its layers", remedy)
             advance(min(number * settings.open_batch_size, len(tokens)), len(tokens))
-    results = observations.results()
+    found = observations.results()
     forwards = OpenForwards(
         model, torch.as_tensor(tokens), batch_size=settings.open_batch_size, streaming=settings.streaming
     )
-    for metric in built.values():
+    for name, metric in built.items():
         if hasattr(metric, "measure"):
-            results |= metric.measure(forwards)
-    return results, opened.config.num_hidden_layers - len(watcher.with_attention)
+            found[name] = found.get(name, {}) | metric.measure(forwards)
+    return merged(found), opened.config.num_hidden_layers - len(watcher.with_attention)
 
 
 def build_metrics(opened: OpenModel, shape: tuple[int, ...], settings: Settings) -> dict[str, Any]:
@@ -169,18 +168,3 @@ def _as_recipe(opened: OpenModel, shape: tuple[int, ...], settings: Settings) ->
             "measure": measure,
         }
     )
-
-
-def metric_reference(text: str) -> Any:
-    """A metric as written on the command line: a name, or a YAML mapping with parameters.
-
-    Raises:
-        PluginError: it is neither.
-    """
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = None
-    if isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("name"), str)):
-        return value
-    raise PluginError(f"--metrics {text}", "is no metric", "write a name, or '{name: sink, k: [1, 2]}'")

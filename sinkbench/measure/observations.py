@@ -8,7 +8,31 @@ from typing import Any
 import torch
 
 from sinkbench.api import LayerCapture, Metric, Observation
-from sinkbench.errors import DataError
+from sinkbench.errors import DataError, PluginError
+
+Values = dict[str, float | list[Any]]
+"""Of a metric, or of all: floats and nested lists by key."""
+
+
+def merged(found: Mapping[str, Values]) -> Values:
+    """The results of all metrics.
+
+    Args:
+        found: metric -> its results.
+
+    Raises:
+        PluginError: two metrics have a result of the same key.
+    """
+    results: Values = {}
+    owners: dict[str, str] = {}
+    for name, own in found.items():
+        for key in own:
+            other = owners.setdefault(key, name)
+            if other != name:
+                problem = f"its result {key!r} would overwrite that of the metric {other}"
+                raise PluginError(f"metric {name}", problem, f"rename it in one of the two, or drop {name}")
+        results |= own
+    return results
 
 
 class Observations:
@@ -30,18 +54,18 @@ class Observations:
         }
         self._seen.setdefault(capture.layer, []).append(seen)
 
-    def results(self) -> dict[str, float | list[Any]]:
-        """The metrics over all sequences and layers.
+    def results(self) -> dict[str, Values]:
+        """The results of each metric over all sequences and layers.
 
         Raises:
             DataError: the layers differ in their numbers of heads.
         """
         layers = [self._seen[number] for number in sorted(self._seen)]
-        results: dict[str, float | list[Any]] = {}
+        results: dict[str, Values] = {}
         for name, metric in self.metrics.items():
             joined = [_joined([seen[name] for seen in layer]) for layer in layers]
             _check_alike(name, joined)
-            results |= metric.result(joined)
+            results[name] = metric.result(joined)
         return results
 
 

@@ -11,6 +11,7 @@ import torch
 from sinkbench.api import Batch, BuildContext, DataTransform, Metric
 from sinkbench.errors import PluginError
 from sinkbench.measure.capture import Recorder
+from sinkbench.measure.observations import Values, merged
 from sinkbench.plugins import build
 
 if TYPE_CHECKING:
@@ -73,8 +74,16 @@ class Probe:
         self.tokens_bs = whole["tokens"].to(model.layout.device)
         self.micro_batches = _split(whole, model.layout.groups.pp.size(), model.layout.device)
 
-    def run(self) -> dict[str, float | list[Any]]:
-        """Floats and nested lists by name, the same on all ranks. All ranks call it."""
+    def run(self) -> Values:
+        """The results of all metrics, the same on all ranks. All ranks call it.
+
+        Raises:
+            PluginError: two metrics have a result of the same key.
+        """
+        return merged(self.by_metric())
+
+    def by_metric(self) -> dict[str, Values]:
+        """As ``run``, each metric's by themselves."""
         recorder = Recorder(self.metrics, self.micro_batches, self.model.layout)
         with recorder.attached(self.model.networks):
             self.model.forward(self.micro_batches)

@@ -14,6 +14,7 @@ from sinkbench.data.run_tokenizer import find_tokenizer
 from sinkbench.data.source import Arrays, SequenceSource, open_source
 from sinkbench.errors import CheckpointError, DataError
 from sinkbench.measure.inputs import Encode, Inputs, from_prompts, random_tokens, repeated_tokens
+from sinkbench.measure.observations import merged
 from sinkbench.measure.probe import Probe
 from sinkbench.measure.results import Result
 from sinkbench.measure.run_forwards import RunForwards
@@ -79,11 +80,11 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         observing = {name: metric for name, metric in metrics.items() if hasattr(metric, "observe")}
         sequences = _sequences(config, checkpoint.folder, source, inputs, settings)
         probe = Probe(observing, sequences, SingleModel(networks, layout), declared.transforms)
-        measured = probe.run() if observing else {}
+        found = probe.by_metric() if observing else {}
         forwards = RunForwards(networks[0], probe.tokens_bs, declared.context.vocab_size)
-        for metric in metrics.values():
+        for name, metric in metrics.items():
             if hasattr(metric, "measure"):
-                measured |= metric.measure(forwards)
+                found[name] = found.get(name, {}) | metric.measure(forwards)
     return Result(
         target=target,
         inputs=inputs,
@@ -93,7 +94,7 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         step=checkpoint.step,
         texts=settings.prompts.name if settings.prompts is not None else None,
         seed=settings.seed,
-        metrics=measured,
+        metrics=merged(found),
     )
 
 

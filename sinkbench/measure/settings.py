@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from sinkbench.errors import HostError
+import yaml
+
+from sinkbench.errors import HostError, PluginError
 from sinkbench.measure.inputs import Inputs
+from sinkbench.plugins import refuse_repeated
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +44,10 @@ class Settings:
         attention: "whole" holds a layer's attention weights; "streaming" never does; "auto" takes the
             second for sequences longer than 512.
         allow_pickle, allow_code: whether weights may be unpickled, and code beside them run.
+
+    Raises:
+        PluginError: one of the metrics is neither a name nor a mapping.
+        RecipeError: a metric is given twice.
     """
 
     inputs: tuple[Inputs, ...] = ("natural",)
@@ -57,6 +64,9 @@ class Settings:
     attention: Literal["auto", "whole", "streaming"] = "auto"
     allow_pickle: bool = False
     allow_code: bool = False
+
+    def __post_init__(self) -> None:
+        refuse_repeated((f"--metrics {text}", _metric_name(text)) for text in self.metrics)
 
     @property
     def open_length(self) -> int:
@@ -85,3 +95,24 @@ class Settings:
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return torch.device(self.device)
+
+
+def metric_reference(text: str) -> Any:
+    """A metric as written on the command line: a name, or a YAML mapping with parameters.
+
+    Raises:
+        PluginError: it is neither.
+    """
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = None
+    if isinstance(value, str) or (isinstance(value, dict) and isinstance(value.get("name"), str)):
+        return value
+    raise PluginError(f"--metrics {text}", "is no metric", "write a name, or '{name: sink, k: [1, 2]}'")
+
+
+def _metric_name(text: str) -> str:
+    reference = metric_reference(text)
+    name: str = reference if isinstance(reference, str) else reference["name"]
+    return name

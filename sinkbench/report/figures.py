@@ -118,7 +118,7 @@ def curves(
                 markevery=max(1, len(curve.x) // 12),
             )
         axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        axes.set_ylabel(_shortened(y_label, 40))
         axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         axes.grid(color=INK, alpha=0.12, linewidth=0.6)
         if percent:

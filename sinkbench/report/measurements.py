@@ -14,7 +14,7 @@ from sinkbench.report import columns, figures, markup
 from sinkbench.report.figures import Curve
 from sinkbench.report.markup import Heading
 from sinkbench.report.page import document
-from sinkbench.report.table import MEASURED, measurement_row
+from sinkbench.report.table import MEASURED, MEASUREMENTS, measurement_row
 
 
 def measurements_page(results: Sequence[Result], command: str) -> str:
@@ -35,7 +35,8 @@ def _label(result: Result) -> str:
 
 def _table(results: Sequence[Result]) -> str:
     rows = [measurement_row(result, {}) for result in results]
-    shown = columns.with_values(MEASURED, rows)
+    others = columns.added(MEASURED, rows)
+    shown = columns.with_values((*MEASURED, *others.columns), rows)
     headings = [Heading(column.title, "number" if column.numeric else "") for column in shown]
     protocols = dict.fromkeys(
         f"{r.count} sequences of {r.length} tokens, {'with' if r.bos else 'without'} BOS"
@@ -44,7 +45,8 @@ def _table(results: Sequence[Result]) -> str:
         for r in results
     )
     body = markup.table(headings, [[column.cell(row) for column in shown] for row in rows])
-    return markup.section("Measurements", ". ".join(protocols) + ".", body)
+    text = f"{'. '.join(protocols)}. {others.note(MEASUREMENTS)}".rstrip()
+    return markup.section("Measurements", text, body)
 
 
 def _array(result: Result, key: str, ndim: int) -> NDArray[np.float64] | None:

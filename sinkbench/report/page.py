@@ -14,7 +14,7 @@ import numpy as np
 from sinkbench import __version__
 from sinkbench.files import write_atomically
 from sinkbench.report import columns, figures, markup
-from sinkbench.report.columns import ABSENT, Column
+from sinkbench.report.columns import ABSENT, Added, Column
 from sinkbench.report.figures import Curve
 from sinkbench.report.markup import Heading, RunName
 from sinkbench.report.runs import PROBE, TRAIN, VALIDATION, Run, read_runs, written
@@ -35,6 +35,9 @@ SUMMARY = (
     columns.TOKENS_PER_SECOND,
     columns.MFU,
 )
+
+NO_METRICS = ("label", "step", "event", "time", "seconds")
+"""Keys of a probe's line in metrics.jsonl, and of a row, that no metric returns."""
 
 IDENTITY = ("name", "label", "output_dir")
 """Recipe keys that differ between any two runs and explain nothing."""
@@ -109,7 +112,15 @@ def _summary(runs: Sequence[Run]) -> str:
         "Value drain and activation ratio: norm of the first token's value and hidden state over the mean "
         "norm of the others. Numbers are those of the last step; tokens/s and MFU are medians."
     )
-    return markup.section("Summary", text, _run_table(columns.with_values(SUMMARY, rows), rows, runs))
+    others = _other_metrics(runs)
+    text = f"{text} {others.note('metrics.jsonl of the runs')}".rstrip()
+    shown = columns.with_values((*SUMMARY, *others.columns), rows)
+    return markup.section("Summary", text, _run_table(shown, rows, runs))
+
+
+def _other_metrics(runs: Sequence[Run]) -> Added:
+    """The scalars of metrics that are not sinkbench's own."""
+    return columns.added(SUMMARY, (line for run in runs for line in run.lines.get(PROBE, ())), NO_METRICS)
 
 
 def _domains(runs: Sequence[Run]) -> str:
@@ -163,6 +174,9 @@ def _training(runs: Sequence[Run]) -> str:
             dashed="others",
         ),
     ]
+    for column in _other_metrics(runs).columns:
+        drawn = _against_steps(runs, PROBE, column.key)
+        cards.append(_curves(column.title, "At each probe.", drawn, y_label=column.title))
     return markup.figures("Training", "", cards)
 
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from sinkbench.config import PluginRef
 from sinkbench.errors import DataError
 from sinkbench.measure.results import StepMetrics, read
+from sinkbench.report.columns import is_number
 
 Line = Mapping[str, Any]
 """One line of metrics.jsonl: step, event, time, and numbers by name."""
@@ -71,7 +72,7 @@ class Run:
 
     def series(self, event: str, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of a number, from the lines that have it."""
-        pairs = [(line["step"], line[key]) for line in self.lines.get(event, ()) if _is_number(line.get(key))]
+        pairs = [(line["step"], line[key]) for line in self.lines.get(event, ()) if is_number(line.get(key))]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     def last(self, event: str, key: str) -> float | None:
@@ -113,7 +114,7 @@ class Run:
         }
         probes = self.lines.get(PROBE, ())
         for numbers in (probes[-1] if probes else {}, self.summary or {}):
-            row |= {key: value for key, value in numbers.items() if _is_number(value)}
+            row |= {key: value for key, value in numbers.items() if is_number(value)}
         reached = max((line["step"] for lines in self.lines.values() for line in lines), default=0)
         step = f"{reached:,}" if reached == self.steps else f"{reached:,} of {self.steps:,}"
         return row | {"label": self.label, "attention": self.attention, "step": step}
@@ -179,10 +180,6 @@ def read_run(path: Path) -> Run:
 def written(value: Any) -> str:
     """A recipe's value as a person would write it."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _text(path: Path) -> str:

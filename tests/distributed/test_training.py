@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -11,10 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks.reliability import whole_tensors
 from sinkbench import flops
 from sinkbench.api import Batch, BuildContext, LossSpec, Params, Plugin
+from sinkbench.report import page
+from sinkbench.report.columns import Added
+from sinkbench.report.runs import read_run
+from sinkbench.report.table import COLUMNS, comparison_table
 from sinkbench.testing import RunDistributed
 from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train
 from tests.distributed.test_layouts import MODELS
@@ -87,6 +93,21 @@ def test_weighted_tokens_count_alike_in_every_micro_batch(
 
 def test_tokens_are_all_that_the_model_has_read(weighted: Run) -> None:
     assert weighted.series("train", "tokens") == {step: step * 8 * 64 for step in range(1, 9)}
+
+
+def test_tables_of_a_run_add_no_column_for_what_is_no_metric(
+    run_distributed: RunDistributed, tmp_path: Path
+) -> None:
+    folder = train(run_distributed, tmp_path, (*SWIGLU, "train.steps=6")).folder
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["sink_1_raw"] is not None
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(comparison_table([summary]))
+    header = next(line for line in capture.get().splitlines() if "┃" in line)
+    titles = {title.strip() for title in header.split("┃")[1:-1]}
+    assert titles <= {column.title for column in COLUMNS}
+    assert page._other_metrics([read_run(folder)]) == Added()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,13 @@ def make_run(
     probes: bool = True,
     triggers: bool = True,
     seed: int = 0,
+    others: Mapping[str, float] | None = None,
 ) -> Path:
-    """A run folder as training writes it, with numbers that only look like a run's."""
+    """A run folder as training writes it, with numbers that only look like a run's.
+
+    Args:
+        others: further numbers of every probe.
+    """
     rng = np.random.default_rng(seed)
     path.mkdir(parents=True)
     recipe = {
@@ -58,6 +64,7 @@ def make_run(
         if triggers:
             final["first_token_attention_trigger"] = 0.02
             final["first_token_attention_nontrigger"] = share
+        final |= others or {}
         lines.append({"step": step, "event": "probe", "time": step / 10, **final})
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (path / "summary.json").write_text(json.dumps({"loss": 2.0825, **final}))

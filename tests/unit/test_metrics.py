@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from pydantic import ValidationError
 from sinkbench_plugins.metric import sink as plugins
 
-from sinkbench.api import BuildContext, LayerCapture, Metric, Plugin, PluginError
+from sinkbench.api import BuildContext, LayerCapture, Metric, Observation, Plugin, PluginError
 from sinkbench.config import Config
+from sinkbench.measure.observations import Observations, merged
+from sinkbench.measure.probe import Probe
 
 LAYERS, SEQUENCES, HEADS, KV_HEADS, LENGTH = 3, 4, 4, 2, 7
 EPS = 1e-8
@@ -362,6 +365,40 @@ def test_recipes_that_do_not_fit_are_refused() -> None:
     assert "above measure.length 7" in problems("sink", make_config(), k=(3, 9))[0]
     assert "measure.length to 2" in problems("norms", short)[0]
     assert "data.source indexed" in problems("trigger", text)[0]
+
+
+def test_metrics_whose_results_share_a_key_are_refused() -> None:
+    observations = Observations({"norms": build("norms"), "mine": build("norms")})
+    for capture in captures():
+        observations.add(capture)
+    found = observations.results()
+    with pytest.raises(PluginError) as caught:
+        merged(found)
+    assert str(caught.value) == (
+        "metric mine: its result 'hidden_norm_first' would overwrite that of the metric norms; "
+        "rename it in one of the two, or drop mine"
+    )
+    assert merged({"norms": found["norms"], "mine": {"own": 1.0}}) == found["norms"] | {"own": 1.0}
+
+
+class Same:
+    """A metric with a result of one key."""
+
+    def observe(self, capture: LayerCapture) -> Observation:
+        return {}
+
+    def result(self, layers: Sequence[Observation]) -> dict[str, float | list[Any]]:
+        return {"same": 1.0}
+
+
+def test_probes_refuse_metrics_whose_results_share_a_key() -> None:
+    pipeline = SimpleNamespace(size=lambda: 1)
+    layout: Any = SimpleNamespace(groups=SimpleNamespace(pp=pipeline), device=torch.device("cpu"))
+    model: Any = SimpleNamespace(networks=[], layout=layout, forward=lambda micro_batches: None)
+    sequences = {"tokens": np.zeros((2, 4), dtype=np.int64)}
+    assert Probe({"first": Same()}, sequences, model).run() == {"same": 1.0}
+    with pytest.raises(PluginError, match=r"^metric second: its result 'same' .* of the metric first; "):
+        Probe({"first": Same(), "second": Same()}, sequences, model).run()
 
 
 def test_listing_does_not_import_torch() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from tests.unit.test_metrics import (
     measure,
     numbers,
 )
+from tests.unit.test_metrics import build as build_first
 
 PLUGINS: dict[str, Plugin] = {
     plugin.name: plugin for module in (activations, heads, forwards) for plugin in module.sinkbench_metric()
@@ -162,6 +164,27 @@ def test_w8a8_rounds_weights_together_and_inputs_by_sequence() -> None:
 def test_perplexity_of_a_diverged_model_is_infinite() -> None:
     found = build("w8a8").measure(Recorded(4, [1.0, 1e6]))
     assert math.isinf(found["perplexity_w8a8"])
+
+
+def test_tables_know_every_scalar_of_these_metrics() -> None:
+    """Which they have columns for or leave out; those of other packages' metrics get one each."""
+    from sinkbench.report import columns
+
+    layers = captures()
+    with_slot = [replace(c, slot_bhq=torch.rand(SEQUENCES, HEADS, LENGTH)) for c in layers]
+    sink = build_first("sink", eps=(0.3, 0.01, 1e-5), k=(1, 2, 7), total=(2, 7))
+    found = [measure(sink, with_slot), *(measure(build_first(name), layers) for name in ("norms", "trigger"))]
+    for name in PLUGINS:
+        metric = build(name)
+        forward = hasattr(metric, "measure")
+        found.append(metric.measure(Recorded(20, [1.0] * 3)) if forward else measure(metric, layers))
+    assert len(found) == 3 + len(PLUGINS)
+    assert all(any(columns.is_number(value) for value in results.values()) for results in found)
+    assert columns.added((), found) == columns.Added()
+    assert columns.added((), [{"sink_rate": 1.0, "sink_1": 1, "many": [1.0], "flag": True}]).columns == (
+        columns.Column("sink_rate", "sink_rate", columns._significant),
+        columns.Column("sink_1", "sink_1", columns._significant),
+    )
 
 
 @pytest.mark.parametrize("name", ["qk_split", "head_output", "massive_activations", "outliers"])

@@ -170,6 +170,25 @@ def test_wrong_names_and_parameters(write: Write, override: str, words: list[str
         assert word in text
 
 
+@pytest.mark.parametrize("again", ["{name: sink, eps: [0.01]}", "{name: sink, eps: [0.3]}"])
+def test_a_metric_that_is_listed_twice_is_refused(write: Write, again: str) -> None:
+    write("s.yaml", f"extends: small\nmeasure:\n  metrics:\n  - {{name: sink, eps: [0.3]}}\n  - {again}\n")
+    loaded = recipe.load("s")
+    config = recipe.to_config(loaded)
+    line = (
+        "measure.metrics[1]: the metric 'sink' is listed twice, and its results would overwrite each other; "
+        "list it once, with all values where it takes lists, as in {name: sink, eps: [0.3, 0.01]}"
+    )
+    with pytest.raises(RecipeError) as caught:
+        plugins.resolve(config, plugins.discover(), loaded.provenance)
+    assert str(caught.value) == f"s.yaml:5: {line}"
+    with pytest.raises(RecipeError) as caught:
+        plugins.resolve_metrics(config, plugins.discover())
+    assert str(caught.value) == line
+    both = ["measure.metrics=[{name: sink, eps: [0.3, 0.01]}, norms]"]
+    assert [chosen.plugin.name for chosen in resolve(both).metrics] == ["sink", "norms"]
+
+
 def test_a_wrong_parameter_names_its_file(write: Write) -> None:
     write("s.yaml", "extends: small\nmodel:\n  attention:\n    name: sigmoid\n    normalise: false\n")
     loaded = recipe.load("s")
@@ -269,6 +288,7 @@ def test_recipe_folders_of_the_wrong_type(write: Write, install: Install) -> Non
 def test_plugins_and_recipes_need_no_torch() -> None:
     code = (
         "import sys; from sinkbench import plugins, recipe; plugins.discover();"
+        "from sinkbench.measure import settings;"
         "sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=200)

@@ -161,6 +161,34 @@ def test_run_without_triggers_has_no_trigger_columns(tmp_path: Path) -> None:
     assert not [title for title in rows(html, "Summary")[0] if "first token" in title]
 
 
+def test_scalars_of_other_metrics_have_a_column_and_a_curve(tmp_path: Path) -> None:
+    own = {"key_norm_ratio": 0.5, "sink_2_raw_eps0.01": 3.0, "kurtosis": 5.0, "massive_activation_top": 7.0}
+    with_it = make_run(tmp_path / "a", label="a", others={**own, "first_head_entropy": 0.6123456})
+    html = render(with_it, make_run(tmp_path / "b", label="b"))
+    title, first, second = rows(html, "Summary")
+    known = title.index("activation ratio")
+    assert title[known + 1 :] == ["tokens/s", "MFU %", "first_head_entropy"]
+    assert (first[-1], second[-1]) == ("0.6123", ABSENT)
+    assert captions(html)[:4] == [
+        "Loss",
+        "Attention sink",
+        "Attention to the first token",
+        "first_head_entropy",
+    ]
+    assert "Without a column" not in html
+
+
+def test_many_scalars_of_other_metrics_are_named(tmp_path: Path) -> None:
+    others = {f"<b>${number}": float(number) for number in range(40)}
+    html = render(make_run(tmp_path / "a", others=others))
+    title, row = rows(html, "Summary")
+    assert title[-6:] == [f"&lt;b&gt;${number}" for number in range(6)]
+    assert row[-6:] == list("012345")
+    assert len(captions(html)) == len(captions(render(make_run(tmp_path / "b")))) + 6
+    assert "Without a column, but in metrics.jsonl of the runs: &lt;b&gt;$6, " in html
+    assert "$29 and 10 more." in html
+
+
 def test_texts_of_files_are_escaped(tmp_path: Path) -> None:
     evil = '<script>alert("1")</script>&$\\frac{$'
     path = make_run(tmp_path / "a", attention={"name": evil, evil: evil}, label=evil)
@@ -327,27 +355,70 @@ def test_writing_a_report_leaves_matplotlib_as_it_was(two_runs: tuple[list[Path]
     assert settings() == before
 
 
-def printed(table_rows: list[dict[str, Any]]) -> str:
-    console = Console(width=200, force_terminal=False)
+def printed(table_rows: list[dict[str, Any]], width: int = 200) -> str:
+    console = Console(width=width, force_terminal=False)
     with console.capture() as capture:
         console.print(comparison_table(table_rows))
     return capture.get()
 
 
+def cells(text: str) -> list[list[str]]:
+    """The lines of a printed table."""
+    lines = [line for line in text.splitlines() if re.search("[│┃]", line)]
+    return [[cell.strip() for cell in re.split("[│┃]", line)[1:-1]] for line in lines]
+
+
 def test_comparison_table_shows_what_there_is() -> None:
     text = printed(
         [
-            {"attention": "softmax", "loss": 2.08254, "sink_1_raw": 100.0, "sink_1_proxy": 100.0, "x": 1},
+            {"attention": "softmax", "loss": 2.08254, "sink_1_raw": 100.0, "sink_1_proxy": 100.0, "x": "y"},
             {"attention": "[bold]sigmoid", "loss": 2.09, "sink_1_raw": 0.0, "value_drain": 0.95},
         ]
     )
-    header, *body = [
-        [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
-        for line in text.splitlines()
-        if re.search("[│┃]", line)
-    ]
+    header, *body = cells(text)
     assert header == ["attention", "loss", "Sink_1 % raw", "Sink_1 % proxy", "value drain"]
     assert body == [
         ["softmax", "2.0825", "100.0", "100.0", ABSENT],
         ["[bold]sigmoid", "2.0900", "0.0", ABSENT, "0.950"],
     ]
+
+
+SUMMARY = {
+    "name": "demo",
+    "attention": "attention=sigmoid,normalize=false",
+    "label": "attention=sigmoid,normalize=false",
+    "step": 200,
+    "loss": 2.5,
+    "train_loss": 2.25,
+    "tokens": 4096,
+    "tokens_per_second": 51000.0,
+    "mfu": None,
+    "loss/web": 2.75,
+    "sink_1_raw": 100.0,
+    "importance_1_raw": 0.75,
+    "value_drain": 0.125,
+}
+KNOWN = ["run", "attention", "loss", "Sink_1 % raw", "value drain"]
+
+
+def test_comparison_table_adds_the_scalars_of_other_metrics() -> None:
+    assert cells(printed([SUMMARY]))[0] == KNOWN
+    text = printed([SUMMARY, SUMMARY | {"first_head_entropy": 0.6123456, "[red]spread": 51234.5}])
+    header, *body = cells(text)
+    assert header == [*KNOWN, "first_head_entropy", "[red]spread"]
+    assert [row[-2:] for row in body if row[-2]] == [[ABSENT, ABSENT], ["0.6123", "51,234"]]
+
+
+@pytest.mark.parametrize(("width", "count"), [(200, 6), (100, 2), (80, 1), (40, 0)])
+def test_columns_are_added_where_there_is_room(width: int, count: int) -> None:
+    others = {f"number_{number}_of_another": 700.5 + number for number in range(8)}
+    text = printed([SUMMARY | others], width)
+    assert [f"{value:.1f}" for value in others.values() if f" {value:.1f} " in text] == [
+        f"{700.5 + number:.1f}" for number in range(count)
+    ]
+    assert all(len(line) <= width for line in text.splitlines())
+    if width > 40:
+        assert " 0.125 " in text, "the known columns are whole"
+    note = " ".join(text[text.index("Without") :].split())
+    names = ", ".join(list(others)[count:])
+    assert note == f"Without a column, but in summary.json: {names}."

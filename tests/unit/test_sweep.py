@@ -121,6 +121,20 @@ def test_a_run_that_fails_does_not_stop_the_others(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_the_table_has_the_scalars_of_other_metrics(write: Write, capsys: Capture) -> None:
+    write(
+        "trainer.py",
+        TRAINER.replace('"loss": 2.5,', '"loss": 2.5, "row_sum": 1.0, "head_entropy": 0.612345,'),
+    )
+    call("s")
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert table[1][-4:] == ["proxy", "┃", "head_entropy", "┃"]
+    assert ["plain", "│", "2.5000", "│", "97.0", "│", "96.0", "│", "0.6123", "│"] in [
+        row[-10:] for row in table
+    ]
+
+
+@pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_run_that_was_stopped_did_not_fail(write: Write, capsys: Capture, jobs: str) -> None:
     write("t.yaml", "extends: small\nsweep: [{label: interrupted, seed: 1}, {label: plain, seed: 2}]\n")
