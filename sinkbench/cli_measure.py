@@ -112,17 +112,22 @@ def run(arguments: argparse.Namespace) -> None:
     """
     lists = [read_model_list(recipe_files.find(t)) for t in arguments.target if t.endswith(LIST_SUFFIXES)]
     jobs = list(_jobs(arguments, iter(lists)))
+    _find(jobs)
+    kept = Finished(arguments.cache, again=arguments.again)
     results: list[Result] = []
     skipped: list[Skipped] = []
     with _bars(len(jobs)) as bars:
         for job in jobs:
             try:
-                results += bars.measure(job, Finished(arguments.cache, again=arguments.again))
+                results += bars.measure(job, kept)
             except job.skip as error:
                 reason = str(error).removeprefix(f"{job.target}: ")
                 skipped.append(Skipped(target=job.name, step=job.settings.step, reason=reason))
     _write(arguments, results, skipped)
     _print(results, lists, skipped)
+    if kept.taken:
+        note = f"{kept.taken} of the results taken from {kept.folder}, where they were kept"
+        print(f"sinkbench measure: {note}; --again measures anew", file=sys.stderr)
     damaged = [str(one.step) for one in skipped if one.step is not None]
     if damaged:
         problem = f"checkpoints left out of --step all: {', '.join(damaged)}"
@@ -166,6 +171,19 @@ def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator
                 yield Job(target=target, name=target, settings=one, skip=(CheckpointError,))
         else:
             yield Job(target=target, name=target, settings=settings)
+
+
+def _find(jobs: Sequence[Job]) -> None:
+    """Before any is measured, which may take hours.
+
+    Raises:
+        SinkbenchError: a target is not there that is not to be skipped.
+    """
+    from sinkbench.measure.targets import find_target
+
+    needed = {job.target: job.settings for job in jobs if SinkbenchError not in job.skip}
+    for target, settings in needed.items():
+        find_target(target, settings)
 
 
 class _Bars:

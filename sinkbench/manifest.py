@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import platform
 import subprocess
 import sys
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import sinkbench
 from sinkbench import packages
-from sinkbench.data.manifest import file_sha256
+from sinkbench.plugin_sources import sources
 from sinkbench.redaction import redact
 
 if TYPE_CHECKING:
-    from sinkbench.api import Params, Plugin
+    from sinkbench.api import Params
     from sinkbench.megatron.parallel import Layout
     from sinkbench.model import Declarations
     from sinkbench.plugins import Resolved
@@ -55,7 +54,7 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
                 "package": chosen.package.distribution,
                 "version": chosen.package.version,
                 "module": chosen.package.module,
-                "source": source_sha256(chosen.plugin),
+                "sources": sources(chosen),
                 "defaults": defaults(chosen.params),
             }
             for chosen in resolved
@@ -64,15 +63,6 @@ def describe(resolved: Resolved, declared: Declarations, layout: Layout, data: s
         "vocab_size": declared.context.vocab_size,
         "padded_vocab_size": declared.padded_vocab_size,
     }
-
-
-def source_sha256(plugin: Plugin) -> str | None:
-    """Of the file that defines a plugin; None where there is none, as for one that is made at run time."""
-    try:
-        path = inspect.getsourcefile(inspect.unwrap(plugin.build))
-    except TypeError:
-        return None
-    return None if path is None else file_sha256(Path(path))
 
 
 def defaults(params: Params) -> dict[str, Any]:

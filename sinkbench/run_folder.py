@@ -122,7 +122,7 @@ class RunFolder:
             was = before.get(path, {})
             if was.get("name") != now["name"] or is_within(path, "measure"):
                 continue
-            if was.get("source", now["source"]) != now["source"] and now["package"] != "sinkbench":
+            if was.get("sources", now["sources"]) != now["sources"] and now["package"] != "sinkbench":
                 _log.warning("%s: the source of %s has changed since this run began", path, now["name"])
             for key, value in now["defaults"].items():
                 self._refuse_default(f"{path}.{key}", was.get("defaults", {}).get(key, value), value)

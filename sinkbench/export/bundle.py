@@ -3,8 +3,11 @@
 An exported folder must run without sinkbench: what the model uses of our modules and of its plugins is
 copied, and nothing else. From the names that are wanted, every top-level statement that they use is
 followed, through the imports of our own and of the plugin's package; each module becomes one flat file,
-as transformers loads them. Annotations are not followed: they are not evaluated. An import within a function
-that leads to other packages (a kernel's) raises in the copy, which computes by the reference.
+as transformers loads them. An import within a function that leads to other packages (a kernel's) raises in
+the copy, which computes by the reference.
+
+No copy evaluates its annotations, whatever its module does. What they name is copied where that needs no
+further module, for some code looks it up: dataclasses ClassVar and InitVar, typing.get_type_hints the rest.
 """
 
 from __future__ import annotations
@@ -22,6 +25,9 @@ STAND_INS = "sinkbench.export.stand_ins"
 _STOOD_IN_FOR = ("pydantic", "pluggy")
 _PRESENT = ("torch", "transformers", "safetensors", "numpy")
 """Packages that every environment has which loads the model."""
+_DEFERRED = "from __future__ import annotations"
+_ANNOTATIONS = ("annotation", "returns")
+"""Fields of a syntax tree's nodes."""
 
 
 def bundle(wanted: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -85,17 +91,53 @@ class _Module:
         if name not in self.statements:
             raise PluginError(self.name, f"does not define {name}", "define it at its top level")
         elsewhere: list[tuple[str, str]] = []
-        pending = list(self.statements[name])
+        pending = self._add(self._closure(name), elsewhere)
+        while pending:
+            further = self._closure(pending.pop())
+            if self._are_alone(further):
+                pending += self._add(further, elsewhere)
+        return elsewhere
+
+    def _closure(self, name: str) -> list[ast.stmt]:
+        """The statements that define a name, and those that they use."""
+        found: dict[int, ast.stmt] = {}
+        pending = list(self.statements.get(name, []))
         while pending:
             statement = pending.pop()
+            if statement.lineno in found:
+                continue
+            found[statement.lineno] = statement
+            for used in _used(statement):
+                pending += self.statements.get(used, [])
+        return list(found.values())
+
+    def _add(self, statements: list[ast.stmt], elsewhere: list[tuple[str, str]]) -> list[str]:
+        """Marks statements, and adds what they use of other modules; returns the names in annotations of
+        those that were not marked before."""
+        annotated: set[str] = set()
+        for statement in statements:
             if statement.lineno in self.kept:
                 continue
             self.kept.add(statement.lineno)
-            for used in _used(statement):
-                pending += self.statements.get(used, [])
+            annotated |= _annotated(statement)
             for node in _imports(statement):
                 elsewhere += self._follow(node, nested=node is not statement)
-        return elsewhere
+        return sorted(annotated)
+
+    def _are_alone(self, statements: list[ast.stmt]) -> bool:
+        """Whether statements need no module that is not copied yet, nor a package that may be absent, and run
+        without what a stand-in only names."""
+        is_import = len(statements) == 1 and isinstance(statements[0], ast.Import | ast.ImportFrom)
+        for statement in statements:
+            for node in _imports(statement):
+                tops = {module.partition(".")[0] for module, _ in self._targets(node)}
+                if tops.intersection(_STOOD_IN_FOR) and not is_import:
+                    return False
+                if statement.lineno not in self.kept and not all(
+                    top not in self.packages and _is_present(top) for top in tops
+                ):
+                    return False
+        return True
 
     def keep_all(self) -> list[tuple[str, str]]:
         self.kept.update(statement.lineno for statement in self.tree.body)
@@ -149,7 +191,8 @@ class _Module:
         return ".".join([*base, *([node.module] if node.module else [])])
 
     def text(self) -> str:
-        """The copied statements as they were written, imports of copied modules made relative."""
+        """The copied statements as they were written, imports of copied modules made relative and annotations
+        not evaluated: a copy has not all that they name."""
         edits: dict[int, tuple[int, str | None]] = {}
         for statement in self.tree.body:
             first = self._first_line(statement)
@@ -164,7 +207,7 @@ class _Module:
             for node in _imports(statement):
                 assert node.end_lineno is not None
                 edits[node.lineno] = (node.end_lineno, self._rewritten(node))
-        return _applied(self.lines, edits)
+        return _deferred(_applied(self.lines, edits))
 
     def _first_line(self, statement: ast.stmt) -> int:
         """Of a statement with its decorators and the comment before it."""
@@ -212,6 +255,33 @@ def _used(statement: ast.stmt) -> set[str]:
     return {node.id for node in _walk(statement) if isinstance(node, ast.Name)}
 
 
+def _annotated(statement: ast.stmt) -> set[str]:
+    """Names in the annotations of a statement, those within quotes among them."""
+    pending = [part for node in _walk(statement) for part in _annotations(node)]
+    names: set[str] = set()
+    while pending:
+        for node in ast.walk(pending.pop()):
+            if isinstance(node, ast.Name):
+                names.add(node.id)
+            elif isinstance(node, ast.Constant) and (quoted := _expression(node.value)) is not None:
+                pending.append(quoted)
+    return names
+
+
+def _expression(constant: object) -> ast.Expression | None:
+    """What an annotation has in quotes, unless it is a remark, or words of a Literal."""
+    try:
+        return ast.parse(constant, mode="eval") if isinstance(constant, str) else None
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _annotations(node: ast.AST) -> list[ast.AST]:
+    """Of a node itself."""
+    parts = (getattr(node, name, None) for name in _ANNOTATIONS)
+    return [part for part in parts if isinstance(part, ast.AST)]
+
+
 def _imports(statement: ast.stmt) -> list[ast.Import | ast.ImportFrom]:
     return [node for node in _walk(statement) if isinstance(node, ast.Import | ast.ImportFrom)]
 
@@ -220,7 +290,7 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
     """Every node but annotations and what only type checkers see."""
     yield node
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns"):
+        if name in _ANNOTATIONS:
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST) and not (isinstance(child, ast.If) and _is_type_checking(child)):
@@ -233,6 +303,36 @@ def _is_type_checking(node: ast.If) -> bool:
 
 def _is_docstring(statement: ast.stmt) -> bool:
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def _deferred(text: str) -> str:
+    """The text of a module, made to keep its annotations as they are written."""
+    body = ast.parse(text).body
+    futures = [node for node in body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    if any(alias.name == "annotations" for node in futures for alias in node.names):
+        return text
+    lines = _unquoted(text)
+    docstring = body[0].end_lineno if body and _is_docstring(body[0]) else None
+    before = [*lines[:docstring], ""] if docstring else []
+    after = "\n".join(lines[docstring:]).lstrip("\n")
+    # Some statements want two empty lines before them.
+    gap = [""] if after.startswith(("from ", "import ")) else ["", ""]
+    return "\n".join([*before, _DEFERRED, *gap, after]).rstrip() + "\n"
+
+
+def _unquoted(text: str) -> list[str]:
+    """The lines of a module with its quoted annotations bare: dataclasses see no ClassVar within quotes once
+    annotations are kept as they are written."""
+    lines = text.splitlines()
+    parts = [part for node in ast.walk(ast.parse(text)) for part in _annotations(node)]
+    quoted = [part for part in parts if isinstance(part, ast.Constant)]
+    for part in sorted(quoted, key=lambda part: (part.lineno, part.col_offset), reverse=True):
+        bare = _expression(part.value)
+        if bare is not None and part.lineno == part.end_lineno:
+            line = lines[part.lineno - 1].encode()  # columns of a syntax tree are bytes
+            changed = line[: part.col_offset] + ast.unparse(bare).encode() + line[part.end_col_offset :]
+            lines[part.lineno - 1] = changed.decode()
+    return lines
 
 
 def _applied(lines: list[str], edits: dict[int, tuple[int, str | None]]) -> str:

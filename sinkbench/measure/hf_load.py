@@ -6,6 +6,7 @@ when the user allows it.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Callable
@@ -148,6 +149,50 @@ def require_packages(*names: str) -> None:
         raise HostError("sinkbench measure", problem, "pip install 'sinkbench[hf]'")
 
 
+def refuse_absent(target: str) -> None:
+    """
+    Raises:
+        DataError: there is no such file or folder, and the target cannot be meant as a name on the hub.
+    """
+    path = Path(target).expanduser()
+    if path.exists():
+        return
+    if path.suffix == ".gguf":
+        raise DataError(target, "there is no such file", _near(path) or "correct the path")
+    if HUB_NAME.fullmatch(target) and not _is_local(path.parent):
+        return
+    problem = "there is no such folder here"
+    if HUB_NAME.fullmatch(target):
+        problem += f", and what is in {path.parent} is not asked of the hub"
+    remedy = "give a run, a checkpoint, a model's folder or its name on the hub"
+    raise DataError(target, problem, _near(path) or remedy)
+
+
+def _is_local(parent: Path) -> bool:
+    """Whether a folder tells that a name in it is meant as a path: it is here, and not one that keeps models
+    under the name that their owner has on the hub."""
+    if parent == Path() or not parent.is_dir():
+        return False
+    try:
+        folders = [child for child in parent.iterdir() if child.is_dir()]
+        return not folders or not all((folder / "config.json").exists() for folder in folders)
+    except OSError:
+        return True  # not ours to read
+
+
+def _near(path: Path) -> str:
+    """The remedy for a path that is not there: what is there under similar names; empty if there is none."""
+    missing = next((part for part in (path, *path.parents) if part.parent.exists()), path)
+    rest = path.relative_to(missing)
+    try:
+        names = [child.name for child in missing.parent.iterdir() if path.suffix == ".gguf" or child.is_dir()]
+    except OSError:
+        return ""
+    close = [missing.with_name(name) for name in difflib.get_close_matches(missing.name, names)]
+    found = [str(one / rest if (one / rest).exists() else one) for one in close]
+    return f"did you mean {' or '.join(found)}?" if found else ""
+
+
 def find_place(target: str, trust: Trust) -> Place:
     """Finds a model's files; one that is named as on the hub is fetched, or taken from the hub's cache.
 
@@ -155,6 +200,7 @@ def find_place(target: str, trust: Trust) -> Place:
         DataError: the target is nothing of the kind.
         HostError: the hub cannot be reached, or does not give the model; a package is missing.
     """
+    refuse_absent(target)
     path = Path(target).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -164,7 +210,7 @@ def find_place(target: str, trust: Trust) -> Place:
     require_packages("transformers")
     if path.is_dir():
         return Place(target=target, folder=path)
-    if path.exists() or not HUB_NAME.fullmatch(target):
+    if path.exists():
         problem = "is neither a folder, a .gguf file nor a name on the hub"
         raise DataError(target, problem, "give a run, a checkpoint, a model's folder or its name")
     return Place(target=target, folder=_fetch(target, trust))
@@ -177,19 +223,24 @@ def _fetch(name: str, trust: Trust) -> Path:
     patterns = [*TEXT_FILES, "*.safetensors"]
     patterns += [f"*{suffix}" for suffix in PICKLED] if trust.pickle else []
     patterns += ["*.py"] if trust.code else []
+    near = _near(Path(name))
+    remedy = f"{near} Or go online" if near else "go online, or give the folder of a model"
     try:
         return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
     except GatedRepoError:
         raise HostError(name, "the hub asks for consent first", "accept its terms and log in") from None
     except RepositoryNotFoundError:
-        raise HostError(name, "there is no such folder, nor such a model on the hub", "correct it") from None
+        problem = "there is no such folder here, nor such a model on the hub"
+        raise HostError(name, problem, near or "correct it") from None
     except LocalEntryNotFoundError:
-        problem = "the hub cannot be reached, and the model is not in its cache here"
-        raise HostError(name, problem, "go online, or give the folder of a model") from None
+        problem = (
+            "there is no such folder here, the hub cannot be reached, and its cache here has no such model"
+        )
+        raise HostError(name, problem, remedy) from None
     except Exception as error:
         # whatever the network did: the kinds differ by version of the hub's client
-        problem = f"cannot be had from the hub ({_first_line(error)})"
-        raise HostError(name, problem, "go online, or give the folder of a model") from error
+        problem = f"there is no such folder here, and it cannot be had from the hub ({_first_line(error)})"
+        raise HostError(name, problem, remedy) from error
 
 
 def open_model(place: Place, *, device: torch.device, dtype: str, trust: Trust) -> OpenModel:

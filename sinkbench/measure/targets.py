@@ -6,14 +6,23 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
+from sinkbench import plugins, recipe
 from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore
-from sinkbench.errors import DataError, HostError
+from sinkbench.config import MeasureConfig, PluginRef
+from sinkbench.errors import DataError, HostError, SinkbenchError
 from sinkbench.measure import finished
 from sinkbench.measure.finished import Finished
 from sinkbench.measure.inputs import Inputs
 from sinkbench.measure.results import Result
-from sinkbench.measure.settings import Settings
+from sinkbench.measure.settings import Settings, metric_reference
+from sinkbench.plugins import Chosen
+
+if TYPE_CHECKING:
+    from sinkbench.measure.hf_load import Place, Trust
 
 Advance = Callable[[int, int], None]
 """Called with sequences done and sequences in all."""
@@ -35,10 +44,28 @@ def checkpoint_steps(target: str) -> list[int]:
     Raises:
         DataError: the target is not a run with checkpoints.
     """
+    from sinkbench.measure.hf_load import refuse_absent
+
+    refuse_absent(target)
     steps = CheckpointStore(Path(target).expanduser() / "checkpoints").steps()
     if not steps:
         raise DataError(target, "is no run with checkpoints", "leave out --step all")
     return steps
+
+
+def find_target(target: str, settings: Settings) -> None:
+    """Finds a target, so that one that is not there is told before others are measured. A model of the hub is
+    fetched.
+
+    Raises:
+        SinkbenchError: there is no such target.
+    """
+    if not is_run(target):
+        _place(target, settings)
+        return
+    from sinkbench.measure.hf_load import refuse_absent
+
+    refuse_absent(target)
 
 
 def measure_target(target: str, settings: Settings, kept: Finished, advance: Advance) -> Iterator[Result]:
@@ -56,8 +83,9 @@ def _run(target: str, settings: Settings, kept: Finished, advance: Advance) -> I
     from sinkbench.measure.runs import find_checkpoint, measure_run
 
     checkpoint = find_checkpoint(Path(target).expanduser(), settings.step)
+    chosen = _plugins_of_run(checkpoint, settings)
     for kind in settings.inputs:
-        name = _key(_files(checkpoint), kind, settings)
+        name = _key(_files(checkpoint), kind, settings, chosen)
         result = kept.get(name)
         if result is None:
             result = measure_run(target, checkpoint, kind, settings)
@@ -71,28 +99,22 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
 
 
 def _open(target: str, settings: Settings, kept: Finished, advance: Advance) -> Iterator[Result]:
-    from sinkbench.measure.hf_load import Trust, find_place, require_packages
+    from sinkbench.measure.hf_load import open_model
 
-    try:
-        require_packages("transformers")
-    except HostError as error:
-        if Path(target).expanduser().exists():
-            raise
-        problem = "is no run or folder here, and a model of the hub needs transformers, not installed here"
-        raise DataError(target, problem, "correct the path, or pip install 'sinkbench[hf]'") from error
-    if settings.step is not None:
-        raise DataError(f"{target}: --step", "is of a run's checkpoint", "leave it out")
-    trust = Trust(pickle=settings.allow_pickle, code=settings.allow_code)
-    place = find_place(target, trust)
-    names = {kind: _key(place.files, kind, settings) for kind in settings.inputs}
+    place = _place(target, settings)
+    chosen = _metrics(settings)
+    # The copies of its plugins that an exported model runs are code that came with it.
+    code = [*place.folder.glob("*.py")] if settings.allow_code else []
+    names = {kind: _key(place.files + code, kind, settings, chosen) for kind in settings.inputs}
     known = {kind: kept.get(name) for kind, name in names.items()}
     missing = [kind for kind, result in known.items() if result is None]
     fresh: Iterator[Result] = iter(())
     if missing:
         from sinkbench.measure.hf import measure_open_model
-        from sinkbench.measure.hf_load import open_model
 
-        opened = open_model(place, device=settings.torch_device(), dtype=settings.dtype, trust=trust)
+        opened = open_model(
+            place, device=settings.torch_device(), dtype=settings.dtype, trust=_trust(settings)
+        )
         fresh = measure_open_model(opened, missing, settings, advance)
     for kind, result in known.items():
         if result is None:
@@ -102,10 +124,62 @@ def _open(target: str, settings: Settings, kept: Finished, advance: Advance) -> 
         yield result.model_copy(update={"target": target})
 
 
-def _key(files: list[Path], kind: Inputs, settings: Settings) -> str:
-    """Where a result is kept: it depends on everything but how fast it was made."""
+def _place(target: str, settings: Settings) -> Place:
+    from sinkbench.measure.hf_load import find_place, refuse_absent, require_packages
+
+    refuse_absent(target)
+    try:
+        require_packages("transformers")
+    except HostError as error:
+        if Path(target).expanduser().exists():
+            raise
+        problem = "is no run or folder here, and a model of the hub needs transformers, not installed here"
+        raise DataError(target, problem, "correct the path, or pip install 'sinkbench[hf]'") from error
+    if settings.step is not None:
+        raise DataError(f"{target}: --step", "is of a run's checkpoint", "leave it out")
+    return find_place(target, _trust(settings))
+
+
+def _trust(settings: Settings) -> Trust:
+    from sinkbench.measure.hf_load import Trust
+
+    return Trust(pickle=settings.allow_pickle, code=settings.allow_code)
+
+
+def _plugins_of_run(checkpoint: Checkpoint, settings: Settings) -> tuple[Chosen, ...] | None:
+    """The plugins that take part in measuring a run; None if they cannot be had, as measuring will say."""
+    overrides = [f"measure.metrics=[{', '.join(settings.metrics)}]"] if settings.metrics else []
+    try:
+        config = recipe.to_config(recipe.load(checkpoint.recipe, overrides))
+        return tuple(plugins.resolve(config, plugins.discover()))
+    except SinkbenchError:
+        return None
+
+
+def _metrics(settings: Settings) -> tuple[Chosen, ...] | None:
+    """The same of an open model, whose sizes the metrics are not checked against here."""
+    index = plugins.discover()
+    chosen = []
+    try:
+        written = [PluginRef.model_validate(metric_reference(text)) for text in settings.metrics]
+        for ref in written or MeasureConfig().metrics:
+            found = index.get("metric", ref.name)
+            params = found.plugin.params.model_validate(ref.params)
+            chosen.append(Chosen(path=ref.name, plugin=found.plugin, params=params, package=found.package))
+    except (SinkbenchError, ValidationError):
+        return None
+    return tuple(chosen)
+
+
+def _key(
+    files: list[Path], kind: Inputs, settings: Settings, chosen: tuple[Chosen, ...] | None
+) -> str | None:
+    """Where a result is kept: it depends on everything but how fast it was made. None: it is not kept."""
+    if chosen is None:
+        return None
     natural = kind == "natural"
-    chosen = replace(settings, inputs=(kind,), batch_size=None, allow_pickle=False, allow_code=False)
+    what = replace(settings, inputs=(kind,), batch_size=None, allow_pickle=False, allow_code=False)
     if natural and settings.prompts is not None and settings.prompts.is_file():
         files = [*files, settings.prompts]
-    return finished.key(files, python=platform.python_version() if natural else "", **asdict(chosen))
+    python = platform.python_version() if natural else ""
+    return finished.key(files, chosen, python=python, **asdict(what))

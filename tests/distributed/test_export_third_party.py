@@ -68,9 +68,14 @@ def not_needed():
 PLACES = '''
 """A norm by the largest number, a learned wave of positions, and a bias that decays with the distance."""
 
+from typing import ClassVar
+
 import torch
+from pydantic import PositiveFloat
+from torch import Tensor
 
 from sinkbench.api import (
+    BuildContext,
     NormalizationSpec,
     ParameterSpec,
     Params,
@@ -82,7 +87,8 @@ from sinkbench.api import (
 
 
 class PlaceParams(Params):
-    rate: float = 0.5
+    shares: ClassVar[dict] = {}
+    rate: PositiveFloat = 0.5
 
 
 class NormParams(Params):
@@ -108,7 +114,7 @@ class Wave(torch.nn.Module):
         return torch.sin(position[:, None] * self.weight)
 
 
-def decay(distance, heads, parameters):
+def decay(distance: Tensor, heads: Tensor, parameters: dict[str, Tensor]) -> Tensor:
     return -parameters["slope"][:, None, None].abs() * distance.abs().float()
 
 
@@ -116,7 +122,7 @@ def build_norm(params, context):
     return NormalizationSpec(norm=LargestNorm, location=params.location)
 
 
-def build_place(params, context):
+def build_place(params: PlaceParams, context: BuildContext) -> PositionalSpec:
     slope = ParameterSpec(shape=("heads",), mean=params.rate)
     return PositionalSpec(
         embedding=lambda: Wave(context.hidden_size),

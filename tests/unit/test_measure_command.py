@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import csv
+import functools
+import importlib
 import json
+import re
 import string
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import torch
 
 from sinkbench.cli import main
 from sinkbench.measure.results import Result, Results, read
+from tests.unit.conftest import SMALL, Install
 from tests.unit.open_models import FAMILIES, VOCABULARY, tiny_model
 
 pytest.importorskip("transformers")
@@ -85,6 +90,73 @@ def test_it_writes_json_csv_and_a_page(folder: Path, run: Run, tmp_path: Path) -
     assert "3 sequences of 12 tokens, without BOS, float32" in page
 
 
+ENTROPY = """\
+import torch
+from sinkbench.api import Params, Plugin, hookimpl
+
+class FirstHead:
+    def observe(self, capture):
+        return {"entropy": torch.special.entr(capture.weights_bhqk[:, 0]).sum(-1).mean(-1)}
+
+    def result(self, layers):
+        entropy_lb = torch.stack([layer["entropy"] for layer in layers])
+        return {"first_head_entropy": entropy_lb.mean().item(), "entropy_layers": entropy_lb.mean(1).tolist()}
+
+class Drain(FirstHead):
+    def result(self, layers):
+        return {"value_drain": 1.0}
+
+class Loss:
+    def measure(self, model):
+        return {"value_drain": model.losses().mean().item()}
+
+@hookimpl
+def sinkbench_metric():
+    return [
+        Plugin(name="first_head_entropy", summary="", build=lambda params, context: FirstHead()),
+        Plugin(name="other_drain", summary="", build=lambda params, context: Drain()),
+        Plugin(name="forward_drain", summary="", build=lambda params, context: Loss()),
+    ]
+"""
+
+
+def test_a_scalar_of_another_packages_metric_has_a_column(
+    folder: Path, run: Run, tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("acme", ENTROPY)
+    monkeypatch.chdir(folder.parent)
+    page, out = tmp_path / "out.html", tmp_path / "out.json"
+    metrics = ("--metrics", "sink", "norms", "first_head_entropy", "outliers")
+    code, printed, err = run(folder.name, "--inputs", "random", *metrics, "--report", page, "--json", out)
+    assert code == 0, err
+    (measured,) = read(out, Results).results
+    value = measured.metrics["first_head_entropy"]
+    assert isinstance(value, float)
+    header, row = [re.split("[│┃]", line)[1:-1] for line in printed.splitlines() if re.search("[│┃]", line)]
+    by_title = {title.strip(): cell.strip() for title, cell in zip(header, row, strict=True)}
+    assert list(by_title) == [
+        *("model", "inputs", "Sink_1 % raw", "Sink_1 % proxy", "importance of token 1"),
+        *("activation ratio", "value drain", "kurtosis", "max inf. norm", "first_head_entropy"),
+    ]
+    assert by_title["first_head_entropy"] == f"{value:.4g}"
+    assert '<th class="number">first_head_entropy</th></tr>' in page.read_text()
+    assert f'<td class="number">{value:.4g}</td></tr>' in page.read_text()
+
+
+@pytest.mark.parametrize("name", ["other_drain", "forward_drain"])
+def test_metrics_whose_results_share_a_key_are_refused(
+    folder: Path, run: Run, install: Install, name: str
+) -> None:
+    install("acme", ENTROPY)
+    code, _, err = run(folder, "--inputs", "random", "--metrics", "norms", name)
+    assert code == 2
+    assert err == (
+        f"metric {name}: its result 'value_drain' would overwrite that of the metric norms; "
+        f"rename it in one of the two, or drop {name}\n"
+    )
+    assert run(folder, "--inputs", "random", "--metrics", name)[0] == 0
+
+
 def test_prompts_and_bos_are_recorded(folder: Path, run: Run, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("the quick brown fox jumps\n" * 2)
@@ -123,6 +195,161 @@ def test_finished_results_are_not_measured_again(
     assert len(opened) == 5, "a damaged file is measured again"
 
 
+METRIC = """\
+from sinkbench.api import Params, Plugin, hookimpl
+
+class HouseParams(Params):
+    times: float = 1.0
+
+class House:
+    def __init__(self, times):
+        self.times = times
+
+    def observe(self, capture):
+        return {"one": capture.input_bsn.new_ones(capture.input_bsn.shape[:1])}
+
+    def result(self, layers):
+        return {"house": self.times * layers[0]["one"].mean().item()}
+
+def build(params, context):
+    return House(params.times)
+
+@hookimpl
+def sinkbench_metric():
+    return [Plugin(name="house", summary="a constant", params=HouseParams, build=build)]
+"""
+
+
+def test_a_metric_that_was_edited_is_measured_again(
+    folder: Path, run: Run, tmp_path: Path, install: Install
+) -> None:
+    def house() -> tuple[Any, str]:
+        out = tmp_path / "out.json"
+        code, _, err = run(folder, "--inputs", "random", "--metrics", "house", "--json", out)
+        assert code == 0
+        sys.modules.pop("house_metric_module")  # as for the next process
+        return read(out, Results).results[0].metrics["house"], err
+
+    install("house-metric", METRIC)
+    file = tmp_path / "site" / "house-metric" / "house_metric_module.py"
+    assert house() == (1.0, "")
+    value, err = house()
+    assert value == 1.0
+    assert err == (
+        f"sinkbench measure: 1 of the results taken from {tmp_path / 'cache'}, where they were kept; "
+        "--again measures anew\n"
+    )
+    file.write_text(METRIC.replace("times: float = 1.0", "times: float = 2.5"))
+    assert house() == (2.5, "")
+    file.write_text(METRIC.replace("self.times *", "7 *"))
+    assert house() == (7.0, "")
+    assert "of the results taken from" in house()[1]
+
+
+ATTENTION = """\
+from sinkbench.api import AttentionSpec, Elementwise, Plugin, hookimpl
+
+def build(params, context):
+    return AttentionSpec(rule=Elementwise(function=lambda score: score.relu()))
+
+@hookimpl
+def sinkbench_attention():
+    return [Plugin(name="house_attention", summary="relu", build=build)]
+"""
+
+
+def test_a_run_whose_attention_was_edited_is_measured_again(
+    run: Run, tmp_path: Path, install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinkbench.checkpoint import CheckpointStore
+    from tests.unit.checkpoint_folder import save
+
+    measured: list[str] = []
+
+    def measure_run(target: str, checkpoint: Any, inputs: str, settings: Any) -> Result:
+        measured.append(inputs)
+        return Result(target=target, inputs=inputs, length=12, count=3, bos=False, metrics={})
+
+    monkeypatch.setattr("sinkbench.measure.runs.measure_run", measure_run)
+    install("house-attention", ATTENTION)
+    recipe = SMALL.replace("ffn: none", "ffn: none, attention: house_attention")
+    save(CheckpointStore(tmp_path / "runs" / "small" / "checkpoints"), 5, recipe=recipe)
+    target = tmp_path / "runs" / "small"
+    assert run(target, "--inputs", "random", "repeat")[2] == ""
+    assert "2 of the results taken from" in run(target, "--inputs", "random", "repeat")[2]
+    assert len(measured) == 2
+    file = tmp_path / "site" / "house-attention" / "house_attention_module.py"
+    file.write_text(ATTENTION.replace("score.relu()", "score.relu().square()"))
+    assert run(target, "--inputs", "random", "repeat")[2] == ""
+    assert len(measured) == 4
+    assert run(target, "--inputs", "random", "--metrics", "norms")[2] == ""
+    file.write_text("raise ImportError('not today')")
+    sys.modules.pop("house_attention_module")
+    assert run(target, "--inputs", "random")[2] == "", "what cannot be told is neither kept nor taken"
+    assert len(measured) == 6
+
+
+def test_a_plugin_is_told_by_its_version_parameters_and_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinkbench.api import Params, Plugin
+    from sinkbench.discovery import Package
+    from sinkbench.measure.finished import key
+    from sinkbench.plugins import Chosen
+
+    package = tmp_path / "told_package"
+    files = {
+        "__init__.py": "",
+        "plugin.py": "def build(params, context):\n    from .deep import kernel\n",
+        "deep/__init__.py": "import told_package.helper\n",
+        "deep/kernel.py": "import package_of_tomorrow\n",
+        "helper.py": "",
+        "other.py": "",
+    }
+    for name, text in files.items():
+        (package / name).parent.mkdir(exist_ok=True)
+        (package / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    build = importlib.import_module("told_package.plugin").build
+
+    class Sized(Params):
+        size: int = 1
+
+    def named(version: str = "1.0", build: Any = build, **values: int) -> str:
+        plugin = Plugin(name="told", summary="", build=build, params=Sized)
+        where = Package(distribution="told", version=version, entry_point="a", module="told_package.plugin")
+        return key([], [Chosen(path="told", plugin=plugin, params=Sized(**values), package=where)])
+
+    first = named()
+    assert named(size=1) == first, "a default that is written"
+    assert named(build=functools.partial(build)) == first
+    assert len({first, named(size=2), named("1.1"), named(build=len)}) == 4
+    assert "told_package.deep" not in sys.modules
+    for name in ("plugin.py", "deep/kernel.py", "helper.py"):
+        before = named()
+        (package / name).write_text(files[name] + "# edited\n")
+        assert named() != before, name
+    before = named()
+    (package / "other.py").write_text("# edited\n")
+    assert named() == before, "what the plugin does not import"
+    for name in [name for name in sys.modules if name.startswith("told_package")]:
+        del sys.modules[name]
+
+
+def test_code_that_came_with_a_model_is_told(folder: Path, run: Run, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    code = path / "modeling.py"
+    code.write_text("")
+    arguments = (path, "--inputs", "random", "repeat", "--allow-code")
+    assert run(*arguments)[2] == ""
+    assert "2 of the results taken from" in run(*arguments)[2]
+    code.write_text("# edited")
+    assert run(*arguments)[2] == ""
+
+
 def test_a_list_skips_what_cannot_be_had(folder: Path, run: Run, tmp_path: Path) -> None:
     path = tmp_path / "list.yaml"
     path.write_text(
@@ -135,7 +362,7 @@ def test_a_list_skips_what_cannot_be_had(folder: Path, run: Run, tmp_path: Path)
     assert "12.34" in out
     assert "Tiny" in out
     assert "published: A paper" in out
-    assert "skipped Gone: is neither a folder, a .gguf file nor a name on the hub" in " ".join(out.split())
+    assert "skipped Gone: there is no such folder here; give a run" in " ".join(out.split())
 
 
 def test_damaged_checkpoints_are_left_out_of_all(
@@ -273,6 +500,10 @@ def test_pickled_weights_are_read_when_allowed(folder: Path, run: Run, tmp_path:
         (["--step", "all"], "is no run with checkpoints; leave out --step all"),
         (["--metrics", "{name: sink, k: [99]}"], "metrics[0].k"),
         (["--metrics", "{k: v}"], "--metrics {k: v}: is no metric; write a name"),
+        (
+            ["--metrics", "{name: sink, eps: [0.3]}", "norms", "{name: sink, eps: [0.01]}"],
+            "--metrics {name: sink, eps: [0.01]}: the metric 'sink' is listed twice, and its results would",
+        ),
         (["--metrics", "{name: streaming_perplexity, cache: 12}"], "must exceed first (4) and be below"),
         (["--length", "1"], "norms compares the first token with the others"),
         (["--count", "0"], "'0' is not a whole number above 0"),
@@ -285,6 +516,12 @@ def test_wrong_options_are_one_line(folder: Path, run: Run, arguments: list[str]
     assert code == 2
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_metric_given_twice_is_refused_before_any_model_is_opened(run: Run) -> None:
+    code, _, err = run("nothing here", "--metrics", "sink", "{name: sink, k: [2]}")
+    assert code == 2
+    assert "the metric 'sink' is listed twice" in err
 
 
 @pytest.mark.parametrize("target", ["nothing here", "absent/folder/deep", "absent.gguf"])
@@ -303,9 +540,89 @@ def test_a_name_on_the_hub_offline_is_one_line(
     code, _, err = run("someone/model")
     assert code == 2
     assert err == (
-        "someone/model: the hub cannot be reached, and the model is not in its cache here; "
-        "go online, or give the folder of a model\n"
+        "someone/model: there is no such folder here, the hub cannot be reached, and its cache here has no "
+        "such model; go online, or give the folder of a model\n"
     )
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path / "someone" / "models")
+    code, _, err = run("someone/model")
+    assert code == 2
+    assert err.endswith("has no such model; did you mean someone/models? Or go online\n")
+
+
+def write_config(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("runs/smal", "here, and what is in runs is not asked of the hub; did you mean runs/small?"),
+        ("runs/other", "here, and what is in runs is not asked of the hub; give a run, a checkpoint"),
+        ("./runs/smal", "here; did you mean runs/small?"),
+        ("rusn/small/checkpoints", "here; did you mean runs/small/checkpoints?"),
+        ("rusn/small/nothing", "here; did you mean runs?"),
+        ("empty/other", "here, and what is in empty is not asked of the hub; give a run, a checkpoint"),
+        ("/nowhere/at/all", "here; give a run, a checkpoint, a model's folder or its name on the hub"),
+        ("~/no such model", "here; give a run, a checkpoint, a model's folder or its name on the hub"),
+        ("some/where/deep", "here; give a run, a checkpoint, a model's folder or its name on the hub"),
+        ("runs/small/checkpoints/step_9", "here; did you mean runs/small/checkpoints/step_90?"),
+    ],
+)
+def test_what_is_meant_as_a_folder_is_not_asked_of_the_hub(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, message: str
+) -> None:
+    def fetch(name: str, trust: Any) -> Path:
+        raise AssertionError(f"{name} was asked of the hub")
+
+    monkeypatch.setattr("sinkbench.measure.hf_load._fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "small" / "checkpoints" / "step_90").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for step in ([], ["--step", "all"]):
+        code, out, err = run(target, *step)
+        assert code == 2
+        assert not out
+        assert err.startswith(f"{target}: there is no such folder {message}")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("target", ["openai/gpt2", "gpt2", "models/other"])
+def test_what_may_be_on_the_hub_is_asked_of_it(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: Path, target: str
+) -> None:
+    asked: set[str] = set()
+
+    def fetch(name: str, trust: Any) -> Path:
+        asked.add(name)
+        return folder
+
+    monkeypatch.setattr("sinkbench.measure.hf_load._fetch", fetch)
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path / "models" / "mine")
+    assert run(target, "--inputs", "random")[0] == 0
+    assert asked == {target}
+
+
+def test_a_file_that_is_absent_has_its_neighbours_named(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "tiny.Q4.gguf").write_text("")
+    code, _, err = run(tmp_path / "tiny.Q5.gguf")
+    assert code == 2
+    assert err.endswith(f"there is no such file; did you mean {tmp_path / 'tiny.Q4.gguf'}?\n")
+
+
+def test_a_target_that_is_absent_is_told_before_others_are_measured(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_model(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr("sinkbench.measure.hf_load.open_model", open_model)
+    code, out, err = run(folder, folder.parent / "tinny", folder)
+    assert code == 2
+    assert not out
+    assert "tinny: there is no such folder here; did you mean" in err
 
 
 def test_a_missing_package_is_one_line(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -248,7 +248,7 @@ def test_named_sections_may_change(make: Make) -> None:
 
 
 def of_plugin(*, source: str = "1", package: str = "mine", **defaults: object) -> dict[str, Any]:
-    plugin = {"name": "cosine", "package": package, "source": source, "defaults": defaults}
+    plugin = {"name": "cosine", "package": package, "sources": {"cosine": source}, "defaults": defaults}
     return {"plugins": {"model.attention": plugin, "measure.metrics[0]": plugin}}
 
 
