@@ -14,6 +14,13 @@ Values = dict[str, float | list[Any]]
 """Of a metric, or of all: floats and nested lists by key."""
 
 
+OF_A_RUN = frozenset(
+    {"attention", "event", "label", "loss", "mfu", "name", "seconds", "step", "time", "tokens"}
+    | {"tokens_per_second", "train_loss"}
+)
+"""Keys of a run's own in metrics.jsonl, its summary and tables, beside loss/DOMAIN."""
+
+
 def merged(found: Mapping[str, Values]) -> Values:
     """The results of all metrics.
 
@@ -21,12 +28,15 @@ def merged(found: Mapping[str, Values]) -> Values:
         found: metric -> its results.
 
     Raises:
-        PluginError: two metrics have a result of the same key.
+        PluginError: two metrics have a result of the same key, or one has one of a run's own keys.
     """
     results: Values = {}
     owners: dict[str, str] = {}
     for name, own in found.items():
         for key in own:
+            if key in OF_A_RUN or key.startswith("loss/"):
+                problem = f"its result {key!r} has the name of one of the run's own numbers"
+                raise PluginError(f"metric {name}", problem, "rename it, as by the metric's name before it")
             other = owners.setdefault(key, name)
             if other != name:
                 problem = f"its result {key!r} would overwrite that of the metric {other}"

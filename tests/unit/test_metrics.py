@@ -379,6 +379,9 @@ def test_metrics_whose_results_share_a_key_are_refused() -> None:
         "rename it in one of the two, or drop mine"
     )
     assert merged({"norms": found["norms"], "mine": {"own": 1.0}}) == found["norms"] | {"own": 1.0}
+    for key in ("loss", "loss/code", "step"):
+        with pytest.raises(PluginError, match=f"'{key}' has the name of one of the run's own numbers"):
+            merged({"mine": {key: 1.0}})
 
 
 class Same:
