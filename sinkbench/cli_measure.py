@@ -125,6 +125,10 @@ def run(arguments: argparse.Namespace) -> None:
                 skipped.append(Skipped(target=job.name, step=job.settings.step, reason=reason))
     _write(arguments, results, skipped)
     _print(results, lists, skipped)
+    texts = {result.texts or "a run's own held-out data" for result in results if result.inputs == "natural"}
+    if len(texts) > 1:
+        note = f"natural text is not the same for all: {', '.join(sorted(texts))}"
+        print(f"sinkbench measure: {note}; --prompts FILE gives all the same", file=sys.stderr)
     if kept.taken:
         note = f"{kept.taken} of the results taken from {kept.folder}, where they were kept"
         print(f"sinkbench measure: {note}; --again measures anew", file=sys.stderr)

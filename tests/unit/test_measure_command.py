@@ -365,6 +365,28 @@ def test_a_list_skips_what_cannot_be_had(folder: Path, run: Run, tmp_path: Path)
     assert "skipped Gone: there is no such folder here; give a run" in " ".join(out.split())
 
 
+def test_texts_that_are_not_the_same_are_told(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sinkbench.checkpoint import CheckpointStore
+    from tests.unit.checkpoint_folder import save
+
+    def measure_run(target: str, checkpoint: Any, inputs: str, settings: Any) -> Result:
+        texts = settings.prompts.name if settings.prompts else None
+        return Result(target=target, inputs=inputs, length=12, count=3, bos=False, texts=texts, metrics={})
+
+    monkeypatch.setattr("sinkbench.measure.runs.measure_run", measure_run)
+    mine, prompts = tmp_path / "runs" / "mine", tmp_path / "prompts.txt"
+    save(CheckpointStore(mine / "checkpoints"), 10)
+    prompts.write_text("\n".join(["some words of text " * 20] * 4))
+    code, _, err = run(mine, folder, "--prompts", prompts)
+    assert (code, err) == (0, "")
+    code, _, err = run(mine, folder)
+    assert code == 0
+    assert "sinkbench measure: natural text is not the same for all: a run's own held-out data, " in err
+    assert "; --prompts FILE gives all the same\n" in err
+
+
 def test_damaged_checkpoints_are_left_out_of_all(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
