@@ -79,12 +79,12 @@ def _line(event: str, values: dict[str, Any]) -> str:
 
 
 class TensorBoard:
-    """Steps after the one that training resumes from are taken back."""
+    """Steps after the one that training resumes from are taken back, all of them where it begins anew."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else 0)
 
     def log(self, step: int, event: str, values: dict[str, Any]) -> None:
         for key, value in values.items():

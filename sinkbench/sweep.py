@@ -147,8 +147,18 @@ def command(item: SweepRun, processes: int) -> list[str]:
     return [sys.executable, *launcher, "sinkbench.pretrain", str(item.folder / "recipe.yaml")]
 
 
+def visible_cards() -> list[str]:
+    """The CUDA cards of this host that may be used, as CUDA_VISIBLE_DEVICES names them. torch is not asked:
+    importing it takes seconds."""
+    asked = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked is not None:
+        return [card for part in asked.split(",") if (card := part.strip())]
+    numbers = (path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    return sorted((number for number in numbers if number.isdigit()), key=int)
+
+
 class Jobs:
-    """Runs training processes, some at a time.
+    """Runs training processes, some at a time. Each has cards of its own as far as there are enough.
 
     What a run prints goes to log.txt in its folder. A single job shows its own progress on the
     terminal; several are shown by one bar each, from their metrics.jsonl.
@@ -157,7 +167,9 @@ class Jobs:
     def __init__(self, jobs: int, processes: int) -> None:
         self.jobs = jobs
         self.processes = processes
+        self.cards = visible_cards()
         self.running: dict[SweepRun, subprocess.Popen[bytes]] = {}
+        self.places: dict[SweepRun, int] = {}
         self.logs: dict[SweepRun, IO[bytes]] = {}
 
     def run(self, runs: Sequence[SweepRun]) -> dict[SweepRun, int]:
@@ -193,16 +205,24 @@ class Jobs:
         (item.folder / STOPPED).unlink(missing_ok=True)  # of an earlier start, if this one does not get far
         log = (item.folder / "log.txt").open("ab")
         self.logs[item] = log
+        self.places[item] = min(set(range(self.jobs)) - set(self.places.values()))
         self.running[item] = subprocess.Popen(
             command(item, self.processes),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log if self.jobs > 1 else None,
-            env={"OMP_NUM_THREADS": str(threads)} | os.environ,
+            env={"OMP_NUM_THREADS": str(threads)} | os.environ | self._cards_of(self.places[item]),
         )
 
+    def _cards_of(self, place: int) -> dict[str, str]:
+        if self.jobs == 1 or not self.cards:
+            return {}
+        count = min(self.processes, len(self.cards))
+        cards = (self.cards[(place * count + n) % len(self.cards)] for n in range(count))
+        return {"CUDA_VISIBLE_DEVICES": ",".join(cards)}
+
     def _forget(self, item: SweepRun) -> None:
-        del self.running[item]
+        del self.running[item], self.places[item]
         self.logs.pop(item).close()
 
     def _end_all(self) -> None:

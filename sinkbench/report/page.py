@@ -110,7 +110,8 @@ def _summary(runs: Sequence[Run]) -> str:
         "threshold: raw from the attention weights as the model used them, proxy after scaling each row "
         "to sum to 1 (meaningless where the row sum is nearly 0). To first token: mean attention weight. "
         "Value drain and activation ratio: norm of the first token's value and hidden state over the mean "
-        "norm of the others. Numbers are those of the last step; tokens/s and MFU are medians."
+        "norm of the others. Numbers are those of the last step, the loss a held-out one where there is one; "
+        "tokens/s and MFU are medians."
     )
     others = _other_metrics(runs)
     text = f"{text} {others.note('metrics.jsonl of the runs')}".rstrip()

@@ -105,16 +105,18 @@ class Run:
         return array
 
     def row(self) -> dict[str, Any]:
-        """The run as a row of a table: the last probe's numbers, then those of the summary."""
+        """The run as a row of a table: the last probe's numbers, then those of the summary but for its
+        speeds, which are of the last steps alone. A run without summary has the loss that it would hold: the
+        held-out one where there is one."""
+        validated = self.last(VALIDATION, "loss")
         row: dict[str, Any] = {
-            "tokens_per_second": self.median(TRAIN, "tokens_per_second"),
-            "mfu": self.median(TRAIN, "mfu"),
-            "loss": self.last(TRAIN, "loss"),
-            "validation_loss": self.last(VALIDATION, "loss"),
+            "loss": self.last(TRAIN, "loss") if validated is None else validated,
+            "validation_loss": validated,
         }
         probes = self.lines.get(PROBE, ())
         for numbers in (probes[-1] if probes else {}, self.summary or {}):
             row |= {key: value for key, value in numbers.items() if is_number(value)}
+        row |= {key: self.median(TRAIN, key) for key in ("tokens_per_second", "mfu")}
         reached = max((line["step"] for lines in self.lines.values() for line in lines), default=0)
         step = f"{reached:,}" if reached == self.steps else f"{reached:,} of {self.steps:,}"
         return row | {"label": self.label, "attention": self.attention, "step": step}

@@ -201,6 +201,14 @@ def test_texts_of_files_are_escaped(tmp_path: Path) -> None:
         assert "<script" not in svg
 
 
+def test_speeds_are_medians_also_of_a_finished_run(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    summary = json.loads((path / "summary.json").read_text())
+    (path / "summary.json").write_text(json.dumps(summary | {"tokens_per_second": 1.0, "mfu": 0.1}))
+    run = read_run(path)
+    assert run.row()["tokens_per_second"] == run.median("train", "tokens_per_second") != 1.0
+
+
 def test_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a", probes=False)
     (path / "summary.json").unlink()
@@ -210,7 +218,8 @@ def test_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
     (path / "metrics.jsonl").write_text("\n".join(kept) + '\n{"step": 130, "ev')
     run = read_run(path)
     assert run.row()["step"] == "120 of 200"
-    assert run.row()["loss"] == json.loads(kept[-1])["loss"]
+    validated = [line for text in kept if (line := json.loads(text))["event"] == "validation"]
+    assert run.row()["loss"] == validated[-1]["loss"]
     assert captions(render(path)) == ["Loss"]
 
 

@@ -50,6 +50,26 @@ sweep:
 LAST = "attention=sigmoid,normalize=false"
 
 
+@pytest.mark.parametrize(
+    ("visible", "jobs", "processes", "places"),
+    [
+        ("4,5,6,7", 4, 1, ["4", "5", "6", "7"]),
+        ("4,5,6,7", 2, 2, ["4,5", "6,7"]),
+        ("4,5", 3, 1, ["4", "5", "4"]),
+        ("4,5,6", 2, 2, ["4,5", "6,4"]),
+        ("4", 2, 2, ["4", "4"]),
+        ("4,5", 1, 2, [None]),
+        ("", 2, 1, [None, None]),
+    ],
+)
+def test_jobs_have_cards_of_their_own(
+    visible: str, jobs: int, processes: int, places: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    of_place = sweep.Jobs(jobs, processes)._cards_of
+    assert [of_place(place).get("CUDA_VISIBLE_DEVICES") for place in range(jobs)] == places
+
+
 @pytest.fixture
 def stand_in(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are made by the script above."""
