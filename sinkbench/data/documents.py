@@ -270,7 +270,7 @@ def _json_texts(piece: JsonLines, text_field: str) -> Iterator[str]:
         where = f"{piece.path}:{number}"
         try:
             record = json.loads(_decode(line, where))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(where, f"is not valid JSON ({error})", "correct or remove the line") from error
         if not isinstance(record, dict):
             raise DataError(where, "is not a JSON object", f'write {{"{text_field}": ...}}')

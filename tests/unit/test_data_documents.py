@@ -119,6 +119,7 @@ def error_of(*inputs: Path | str, field: str = "text") -> str:
     ("line", "message"),
     [
         (b'{"text": "a"', "x.jsonl:3: is not valid JSON"),
+        (b'{"text": ' + b"[" * 200_000, "x.jsonl:3: is not valid JSON"),
         (b"[1, 2]", "x.jsonl:3: is not a JSON object"),
         (
             b'{"id": 1, "body": "x"}',
