@@ -380,7 +380,10 @@ def _open_folders(config: IndexedConfig) -> tuple[list[_Folder], list[float], di
 
 def _check_tokenizers(folders: Sequence[_Folder]) -> None:
     first = folders[0]
+    wanted = first.manifest.tokenizer
     for folder in folders[1:]:
-        if folder.manifest.tokenizer.sha256 != first.manifest.tokenizer.sha256:
+        found = folder.manifest.tokenizer
+        # The EOS too: a file beside the hashed one may name it.
+        if (found.sha256, found.eos_id) != (wanted.sha256, wanted.eos_id):
             problem = f"was prepared with another tokenizer than {first.path}"
             raise DataError(str(folder.path), problem, "prepare both with one tokenizer")

@@ -7,6 +7,7 @@ of workers, nor on interruptions.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -39,6 +40,7 @@ SAMPLE_CHARS = 32 << 20
 _WORK = ".prepare"
 _MARKER = "request.json"
 """In the work folder: what is being prepared."""
+_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +68,7 @@ class Request:
             raise DataError("--holdout", f"{self.holdout} is not a share", "give a number from 0 to 1")
 
     def hash(self) -> str:
-        """Changes with the inputs' names, sizes and times, the tokenizer, and the options."""
+        """Changes with the inputs' names, sizes and times, the tokenizer's main file, and the options."""
         path = self.tokenizer.path
         parts = [
             SCHEMA,
@@ -76,6 +78,13 @@ class Request:
             [entry.identity() for entry in self.validation] or self.holdout,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def eos_id(self) -> int | None:
+        """The EOS where it may change without the hash, as a file beside tokenizer.json may name it."""
+        # Not part of the hash, which would no longer find what was prepared before.
+        path = self.tokenizer.path
+        tokenizer = load_tokenizer(Path(path).expanduser()) if path else None
+        return tokenizer.eos_id if tokenizer and tokenizer.kind == "huggingface" else None
 
 
 def prepare(
@@ -103,11 +112,11 @@ def prepare(
     created = not folder.exists()
     work = folder / _WORK
     try:
-        if done := _finished(folder, request_hash):
+        if done := _finished(folder, request, request_hash):
             return done
         with _lock(work / "lock"):
             try:
-                manifest = _finished(folder, request_hash)
+                manifest = _finished(folder, request, request_hash)
                 if manifest is None:
                     _check_ours(folder)
                     workers = workers or available_cores()
@@ -152,7 +161,7 @@ def _cached(config: PrepareConfig) -> tuple[Request, Path]:
     return request, Path(config.cache).expanduser() / request.hash()[:16]
 
 
-def _finished(folder: Path, request_hash: str) -> Manifest | None:
+def _finished(folder: Path, request: Request, request_hash: str) -> Manifest | None:
     """The folder's manifest if it answers the request.
 
     Raises:
@@ -160,7 +169,7 @@ def _finished(folder: Path, request_hash: str) -> Manifest | None:
     """
     if (folder / MANIFEST).exists():
         found = load_manifest(folder)
-        if found.request == request_hash:
+        if found.request == request_hash and request.eos_id() in (None, found.tokenizer.eos_id):
             return found
         problem = "holds data prepared from other inputs, another tokenizer or other options"
         raise DataError(str(folder), problem, "choose another folder, or remove it")
@@ -200,10 +209,10 @@ def _lock(path: Path) -> Iterator[None]:
                 raise
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _log.info("waiting for another process that prepares %s", path.parent.parent)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _wait_for_lock(descriptor, path.parent.parent)
+        except BaseException:
+            os.close(descriptor)
+            raise
         if _is_at(path, descriptor):
             break
         os.close(descriptor)
@@ -211,6 +220,18 @@ def _lock(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _wait_for_lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        _log.info("waiting for another process that prepares %s", folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _log.warning("%s: its file system has no locks; prepare it in no other process meanwhile", folder)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -261,7 +282,8 @@ class _Job:
     def _start_or_resume(self) -> None:
         """Keeps the shards and the tokenizer of an interrupted run of the same request, and no others."""
         marker = self._work / _MARKER
-        wanted = json.dumps([self._request_hash, self._unit_bytes])
+        eos_id = self._request.eos_id()
+        wanted = json.dumps([self._request_hash, self._unit_bytes, *([] if eos_id is None else [eos_id])])
         if marker.exists() and marker.read_text() == wanted:
             _log.info("%s: going on with an interrupted preparation", self._folder)
         else:

@@ -371,6 +371,13 @@ def test_folders_of_different_tokenizers(tmp_path: Path, folder: Path) -> None:
         open_folders(folder, validation={"x": str(other)})
 
 
+def test_folders_with_different_ends_of_documents(tmp_path: Path, folder: Path) -> None:
+    other = write_folder(tmp_path / "other", TEXTS)
+    edit_manifest(other, lambda m: m["tokenizer"].update(eos_id=1))
+    with pytest.raises(DataError, match=r"other: was prepared with another tokenizer than .*news"):
+        open_folders(folder, other)
+
+
 def test_domains_of_one_name(tmp_path: Path, folder: Path) -> None:
     other = write_folder(tmp_path / "more" / "news", TEXTS, TEXTS)
     with pytest.raises(DataError, match=r"two folders are called news; name the domains in data.validation"):

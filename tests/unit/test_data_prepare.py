@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -232,6 +235,42 @@ def test_finished_folder_is_found(
     assert counter.shards == 0
 
 
+def test_data_with_another_eos_are_not_taken_for_those_asked_for(
+    tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = two_ends(tmp_path / "tokenizer", "</s>")
+    wanted = request(corpus, tokenizer)
+    first = prepare(wanted, tmp_path / "out", workers=1)
+    with monkeypatch.context() as patch:
+        Counter(patch, stop_after=8)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(wanted, tmp_path / "stopped", workers=1, unit_bytes=500)
+    two_ends(tmp_path / "tokenizer", "<end>")
+    # Data that were prepared before stay where they are.
+    assert request(corpus, tokenizer).hash() == wanted.hash() == first.request
+    with pytest.raises(DataError, match=r"out: holds data prepared from other inputs, another tokenizer or"):
+        prepare(request(corpus, tokenizer), tmp_path / "out", workers=1)
+    prepare(request(corpus, tokenizer), tmp_path / "stopped", workers=1, unit_bytes=500)
+    prepare(request(corpus, tokenizer), tmp_path / "fresh", workers=1)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "fresh")
+    two_ends(tmp_path / "tokenizer", "</s>")
+    assert prepare(request(corpus, tokenizer), tmp_path / "out", workers=1) == first
+
+
+def two_ends(folder: Path, eos: str) -> Path:
+    """A tokenizer of words whose EOS its configuration names."""
+    folder.mkdir(exist_ok=True)
+    tokens = ["<unk>", "</s>", "<end>", *WORDS]
+    words = models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>")
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    # Written once: the vocabulary's order in the file is by chance.
+    if not (folder / "tokenizer.json").exists():
+        tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
+    return folder
+
+
 def test_interrupted_run_goes_on(tmp_path: Path, corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = request(corpus, 330)
     prepare(wanted, tmp_path / "whole", workers=1, unit_bytes=500)
@@ -310,6 +349,36 @@ def test_processes_that_ask_at_once_prepare_once(
     prepare(request(corpus, model), tmp_path / "fresh", workers=1, unit_bytes=500)
     assert counter.shards == 2 * once
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_reported(
+    tmp_path: Path,
+    corpus: list[str],
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    prepare(request(corpus, model), tmp_path / "out", workers=1)
+    verify(tmp_path / "out")
+    assert "out: its file system has no locks; prepare it in no other process meanwhile" in caplog.text
+
+
+def test_a_lock_that_fails_otherwise_is_an_error(
+    tmp_path: Path, corpus: list[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", failing(errno.EIO))
+    with pytest.raises(HostError, match=r"out: cannot be written \(Input/output error\)"):
+        prepare(request(corpus, model), tmp_path / "out", workers=1)
+
+
+def failing(number: int) -> Callable[..., None]:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock
 
 
 def test_the_lock_may_be_made_and_removed_by_many_at_once(tmp_path: Path) -> None:
