@@ -16,7 +16,7 @@ from sinkbench.errors import DataError
 from sinkbench.measure import inputs as probe_inputs
 from sinkbench.measure.hf_capture import LayerWatcher
 from sinkbench.measure.hf_export import is_export
-from sinkbench.measure.hf_forwards import OpenForwards
+from sinkbench.measure.hf_forwards import OpenForwards, faults_in_one_line, noting
 from sinkbench.measure.hf_load import OpenModel
 from sinkbench.measure.inputs import Inputs, Tokens
 from sinkbench.measure.observations import Observations, merged
@@ -100,8 +100,10 @@ def _measure(
             raise DataError(
                 opened.place.target, "its attention is not causal", "give a causal language model"
             )
-        observations.add(capture)
+        add(capture)
 
+    of_metrics: list[Exception] = []
+    add = noting(observations.add, of_metrics)
     prefix = getattr(opened.config, "bidirectional_prefix", 0)
     watcher = LayerWatcher(model, streaming=settings.streaming, receive=receive)
     batches = torch.as_tensor(tokens).split(settings.open_batch_size)
@@ -109,13 +111,13 @@ def _measure(
     with torch.no_grad(), watcher.attached():
         for number, batch in enumerate(batches, start=1):
             watcher.batch = {"tokens": batch.to(model.device)}
-            if is_export(model):
-                model(input_ids=watcher.batch["tokens"], use_cache=False, logits_to_keep=1)
-            else:
-                model.base_model(input_ids=watcher.batch["tokens"], use_cache=False)
+            with faults_in_one_line(model, streaming=settings.streaming, others=of_metrics):
+                if is_export(model):
+                    model(input_ids=watcher.batch["tokens"], use_cache=False, logits_to_keep=1)
+                else:
+                    model.base_model(input_ids=watcher.batch["tokens"], use_cache=False)
             if not watcher.with_attention:
-                remedy = "give a model with attention layers"
-                raise DataError(opened.place.target, "no attention was found in its layers", remedy)
+                raise _no_attention(opened)
             advance(min(number * settings.open_batch_size, len(tokens)), len(tokens))
     found = observations.results()
     forwards = OpenForwards(
@@ -131,6 +133,7 @@ def build_metrics(opened: OpenModel, shape: tuple[int, ...], settings: Settings)
     """The metrics of an open model by name, built as if a recipe of its sizes had asked for them.
 
     Raises:
+        DataError: the model has no attention.
         PluginError: a metric is unknown, has wrong parameters or does not fit.
     """
     config = _as_recipe(opened, shape, settings)
@@ -140,10 +143,21 @@ def build_metrics(opened: OpenModel, shape: tuple[int, ...], settings: Settings)
     return {c.plugin.name: plugins.build(c, context) for c in chosen}
 
 
+def _no_attention(opened: OpenModel) -> DataError:
+    remedy = "give a model with attention layers"
+    return DataError(opened.place.target, "no attention was found in its layers", remedy)
+
+
 def _as_recipe(opened: OpenModel, shape: tuple[int, ...], settings: Settings) -> Config:
-    """The sizes of an open model and the measurement, in the form that metric plugins know."""
+    """The sizes of an open model and the measurement, in the form that metric plugins know.
+
+    Raises:
+        DataError: the model's configuration has no attention heads, as those of Mamba and RWKV.
+    """
     config = opened.config
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise _no_attention(opened)
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     count, length = shape
     measure: dict[str, Any] = {"every": 1, "count": count, "length": length}

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from sinkbench.errors import DataError
+from sinkbench.errors import DataError, SinkbenchError
 from sinkbench.measure.changed_linears import Change, change
 from sinkbench.measure.hf_attention import watching
 from sinkbench.measure.hf_call import Visible, Watch
 from sinkbench.measure.hf_capture import decoder_layers
+from sinkbench.measure.hf_load import first_line
 from sinkbench.measure.next_token import most_sequences, next_token_losses
 
 LINEAR = ("Linear", "Conv1D", "FalconLinear")
 """Classes of linear maps; GPT-2's Conv1D is one with a transposed weight."""
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OpenForwards:
@@ -52,18 +57,66 @@ class OpenForwards:
         """See sinkbench.api.Forwards.
 
         Raises:
-            DataError: linear maps are to be changed, and some of the model's cannot be.
+            DataError: linear maps are to be changed, and some of the model's cannot be; or the model fails.
         """
+        of_metric: list[Exception] = []
+        visible = visible and noting(visible, of_metric)
+        linear_weight = linear_weight and noting(linear_weight, of_metric)
+        batches = self.tokens_bs.split(self.batch_size)
+        linear_input = linear_input and noting(_by_sequence(linear_input, batches), of_metric)
         watch = Watch(streaming=self.streaming, visible=visible, keep=False)
         with ExitStack() as stack:
             stack.enter_context(watching(self.model, watch))
             if linear_weight or linear_input:
                 stack.enter_context(changed_linears(self.model, linear_weight, linear_input))
-            return torch.cat([self._losses(tokens) for tokens in self.tokens_bs.split(self.batch_size)])
+            return torch.cat([self._losses(tokens, of_metric) for tokens in batches])
 
-    def _losses(self, tokens_bs: Tensor) -> Tensor:
+    def _losses(self, tokens_bs: Tensor, of_metric: list[Exception]) -> Tensor:
         tokens_bs = tokens_bs.to(self.model.device)
-        return next_token_losses(self.model(input_ids=tokens_bs, use_cache=False).logits[:, :-1], tokens_bs)
+        with faults_in_one_line(self.model, streaming=self.streaming, others=of_metric):
+            logits_bsv = self.model(input_ids=tokens_bs, use_cache=False).logits
+        return next_token_losses(logits_bsv[:, :-1], tokens_bs)
+
+
+@contextmanager
+def faults_in_one_line(model: Any, *, streaming: bool, others: Collection[Exception] = ()) -> Iterator[None]:
+    """Around a forward pass: what the model's code raises becomes one line, for families differ without end.
+
+    Args:
+        streaming: the pass never holds whole attention weights.
+        others: errors that were raised within the pass, but not by the model.
+
+    Raises:
+        DataError: the model's code failed.
+    """
+    try:
+        yield
+    except (SinkbenchError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # torch has no class of its own for a host without memory
+        if any(error is other for other in others) or "DefaultCPUAllocator" in str(error):
+            raise
+        problem = f"its forward pass fails ({type(error).__name__}: {first_line(error)})"
+        remedy = "measure another model"
+        if streaming:
+            # most often code of the family that works on the mask, which streaming does not build
+            remedy = f"give --attention whole, or {remedy}"
+        raise DataError(type(model).__name__, problem, remedy) from error
+
+
+def noting(function: Function, faults: list[Exception]) -> Function:
+    """The function, which adds what it raises to ``faults``: a metric's, called within a model's pass."""
+
+    @functools.wraps(function)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            faults.append(error)
+            raise
+
+    return noted  # type: ignore[return-value]
 
 
 @contextmanager
@@ -86,3 +139,16 @@ def changed_linears(model: Any, weight: Change | None, inputs: Change | None) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _by_sequence(change_input: Change, batches: Sequence[Tensor]) -> Change:
+    """Some layers, as OPT's, join a batch's sequences and positions for a while; a change gets them apart."""
+    length = batches[0].shape[1]
+    counts = {batch.numel() for batch in batches}
+
+    def changed(x: Tensor) -> Tensor:
+        if x.dim() != 2 or len(x) not in counts:
+            return change_input(x)
+        return change_input(x.unflatten(0, (-1, length))).flatten(0, 1)
+
+    return changed

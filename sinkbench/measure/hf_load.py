@@ -24,6 +24,10 @@ from sinkbench.measure.inputs import Encode, Tokens
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+READ = ("model.safetensors", "pytorch_model.bin")
+"""What transformers reads, in its order; if it is in parts, their index is named <name>.index.json."""
+UNREAD = ("*consolidated.*", "*optimizer.pt", "*scheduler.pt", "*training_args.bin")
+"""Files that are named like weights and are not read: copies in another layout, the state of a training."""
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """What a model needs beside its weights: configuration and tokenizer."""
 
@@ -53,11 +57,25 @@ class Place:
 
     @property
     def weights(self) -> list[Path]:
-        """The files with weights, sorted."""
+        """The files with weights that transformers reads, sorted; if it would read none, all that may hold
+        weights, so that the user can be told what is wrong with them."""
         if self.gguf:
             return [self.folder / self.gguf]
+        for name in READ:
+            files = [self.folder / name] if (self.folder / name).is_file() else self._parts(name)
+            if files:
+                return files
         files = sorted(self.folder.glob("*.safetensors"))
         return files or sorted(p for p in self.folder.iterdir() if p.suffix in PICKLED)
+
+    def _parts(self, name: str) -> list[Path]:
+        """The files of an index that are here; none if it is damaged, which transformers then tells."""
+        try:
+            index = json.loads((self.folder / f"{name}.index.json").read_text(encoding="utf-8"))
+            files = [self.folder / part for part in sorted(set(index["weight_map"].values()))]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
+        return [file for file in files if file.is_file()]
 
     @property
     def files(self) -> list[Path]:
@@ -109,9 +127,8 @@ class OpenModel:
 
     def usable_tokens(self) -> Tokens:
         """The token ids that random inputs draw from: all but the special ones."""
-        special = {
-            getattr(self.config, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        }
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        special = {token for name in names for token in _token_ids(getattr(self.config, name, None))}
         count = self.config.vocab_size
         if self._has_tokenizer():
             tokenizer = self.tokenizer()
@@ -125,17 +142,24 @@ class OpenModel:
         Raises:
             DataError: the model has none.
         """
-        bos = getattr(self.config, "bos_token_id", None)
-        if bos is None and self._has_tokenizer():
-            bos = self.tokenizer().bos_token_id
-        if bos is None or not 0 <= bos < self.config.vocab_size:
+        bos = _token_ids(getattr(self.config, "bos_token_id", None))
+        if not bos and self._has_tokenizer():
+            bos = _token_ids(self.tokenizer().bos_token_id)
+        if not bos or not 0 <= bos[0] < self.config.vocab_size:
             raise DataError(
                 self.place.target, "the model has no beginning-of-sequence token", "leave out --bos"
             )
-        return int(bos)
+        return int(bos[0])
 
     def _has_tokenizer(self) -> bool:
         return self.place.gguf is not None or any(self.place.folder.glob("tokenizer*"))
+
+
+def _token_ids(entry: Any) -> list[int]:
+    """The ids of a configuration's entry: one, a list (LLaMA 3 Instruct ends in several) or none."""
+    if entry is None:
+        return []
+    return list(entry) if isinstance(entry, list | tuple) else [entry]
 
 
 def require_packages(*names: str) -> None:
@@ -226,7 +250,8 @@ def _fetch(name: str, trust: Trust) -> Path:
     near = _near(Path(name))
     remedy = f"{near} Or go online" if near else "go online, or give the folder of a model"
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=10))
+        path = snapshot_download(name, allow_patterns=patterns, ignore_patterns=[*UNREAD], etag_timeout=10)
+        return Path(path)
     except GatedRepoError:
         raise HostError(name, "the hub asks for consent first", "accept its terms and log in") from None
     except RepositoryNotFoundError:
@@ -239,7 +264,7 @@ def _fetch(name: str, trust: Trust) -> Path:
         raise HostError(name, problem, remedy) from None
     except Exception as error:
         # whatever the network did: the kinds differ by version of the hub's client
-        problem = f"there is no such folder here, and it cannot be had from the hub ({_first_line(error)})"
+        problem = f"there is no such folder here, and it cannot be had from the hub ({first_line(error)})"
         raise HostError(name, problem, remedy) from error
 
 
@@ -294,7 +319,7 @@ def _check_folder(place: Place, trust: Trust) -> None:
         problem = "it holds no config.json, so no model, nor a run or checkpoint"
         raise DataError(place.target, problem, "give the folder of a model") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"is damaged ({type(error).__name__}: {_first_line(error)})"
+        problem = f"is damaged ({type(error).__name__}: {first_line(error)})"
         raise DataError(str(path), problem, "copy the model again") from error
     from transformers import CONFIG_MAPPING
 
@@ -306,8 +331,9 @@ def _check_folder(place: Place, trust: Trust) -> None:
     weights = place.weights
     if not weights:
         raise DataError(place.target, "it holds no weights", "copy the model's .safetensors files too")
-    if weights[0].suffix != ".safetensors" and not trust.pickle:
-        problem = f"its weights are pickled ({weights[0].name}), and unpickling can run code"
+    pickled = [file.name for file in weights if file.suffix != ".safetensors"]  # an index may name both kinds
+    if pickled and not trust.pickle:
+        problem = f"its weights are pickled ({pickled[0]}), and unpickling can run code"
         raise DataError(place.target, problem, "convert them to safetensors, or give --allow-pickle")
 
 
@@ -336,10 +362,11 @@ def _quietly(load: Callable[[], Any], target: str, problem: str, remedy: str) ->
     try:
         return load()
     except Exception as error:
-        detail = f"{type(error).__name__}: {_first_line(error)}"
+        detail = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(target, f"{problem} ({detail})", remedy) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of what an error says; its class if it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -657,6 +657,76 @@ def test_a_missing_package_is_one_line(folder: Path, run: Run, monkeypatch: pyte
     )
 
 
+def test_only_the_weights_that_are_read_count(tmp_path: Path) -> None:
+    from sinkbench.measure.hf_load import Place
+
+    def weights() -> list[str]:
+        return [path.name for path in Place(target="x", folder=tmp_path).weights]
+
+    def write_index(name: str, *parts: str) -> None:
+        weight_map = {str(number): part for number, part in enumerate(parts)}
+        (tmp_path / name).write_text(json.dumps({"weight_map": weight_map}))
+
+    for name in ("optimizer.pt", "scheduler.pt", "training_args.bin", "a.bin", "b.bin"):
+        (tmp_path / name).touch()
+    assert len(weights()) == 5
+    write_index("pytorch_model.bin.index.json", "b.bin", "a.bin", "a.bin")
+    assert weights() == ["a.bin", "b.bin"]
+    (tmp_path / "pytorch_model.bin").touch()
+    assert weights() == ["pytorch_model.bin"]
+    for name in ("consolidated.safetensors", "1.safetensors", "2.safetensors"):
+        (tmp_path / name).touch()
+    write_index("model.safetensors.index.json", "1.safetensors", "2.safetensors", "absent.safetensors")
+    assert weights() == ["1.safetensors", "2.safetensors"]
+    (tmp_path / "model.safetensors").touch()
+    assert weights() == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": []}'])
+def test_a_damaged_index_leaves_all_weights(tmp_path: Path, index: str) -> None:
+    from sinkbench.measure.hf_load import Place
+
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    (tmp_path / "model-1.safetensors").touch()
+    assert Place(target="x", folder=tmp_path).weights == [tmp_path / "model-1.safetensors"]
+
+
+def test_pickled_parts_of_a_safe_index_are_refused(folder: Path, run: Run, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "mixed"
+    shutil.copytree(folder, path)
+    (path / "model.safetensors").rename(path / "a.safetensors")
+    (path / "z.bin").touch()
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"a": "a.safetensors", "z": "z.bin"}})
+    )
+    code, _, err = run(path)
+    assert code == 2
+    assert "its weights are pickled (z.bin), and unpickling can run code" in err
+
+
+def test_what_is_not_read_is_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    from sinkbench.measure.hf_load import Trust, find_place
+
+    asked: dict[str, Any] = {}
+
+    def fetch(name: str, **arguments: Any) -> str:
+        asked.update(arguments)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    find_place("someone/model", Trust(pickle=True))
+    read = ["config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "tokenizer.json"]
+    unread = ["consolidated.safetensors", "original/consolidated.00.pth", "optimizer.pt", "training_args.bin"]
+    kept = filter_repo_objects(
+        [*read, *unread], allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(kept) == read
+
+
 def test_a_model_too_large_for_memory_is_one_line(
     folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,7 @@ from tests.largest_tensor import LargestTensor
 from tests.unit.open_models import (
     FALCON_ALIBI,
     FAMILIES,
+    GROUPED,
     HYBRID,
     LAYERS,
     ONE_KEY_HEAD,
@@ -28,6 +29,7 @@ from tests.unit.open_models import (
 pytest.importorskip("transformers")
 
 from sinkbench.measure.hf import measure_open_model
+from sinkbench.measure.hf_forwards import OpenForwards
 
 LENGTH, COUNT = 12, 3
 METRICS = (
@@ -269,6 +271,22 @@ def test_linear_maps_are_changed_and_restored() -> None:
     torch.testing.assert_close(forwards.losses(), before)
 
 
+def test_inputs_of_linear_maps_are_whole_sequences() -> None:
+    """OPT's feed-forward layers see positions of all sequences in one dimension."""
+    from sinkbench.measure.hf_forwards import OpenForwards
+
+    model = tiny_model("opt", FAMILIES["opt"])
+    forwards = OpenForwards(model, probe_tokens(model), batch_size=2, streaming=False)
+    shapes = set()
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        shapes.add(x.shape[:-1])
+        return x
+
+    assert torch.equal(forwards.losses(linear_input=seen), forwards.losses())
+    assert {shape[1:] for shape in shapes} == {(LENGTH,)}
+
+
 def test_experts_in_one_tensor_cannot_be_quantised() -> None:
     with pytest.raises(DataError, match="holds experts in one tensor"):
         measured(tiny_model("mixtral", FAMILIES["mixtral"]), metrics=("w8a8",))
@@ -301,6 +319,100 @@ def test_models_that_cannot_be_measured_say_so() -> None:
         measured(llama, metrics=("trigger",))
 
 
+@pytest.mark.parametrize("family", ["mamba", "mamba2", "rwkv"])
+def test_models_without_attention_heads_say_so(family: str) -> None:
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    if family == "mamba2":
+        sizes |= {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1}
+    model = tiny_model(family, sizes)
+    with pytest.raises(DataError, match="no attention was found in its layers"):
+        measured(model)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "name"),
+    [
+        (
+            "gpt_neo",
+            {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], **SIZES},
+            "GPTNeoForCausalLM",
+        ),
+        ("mpt", {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4}, "MptForCausalLM"),
+        ("xglm", {**SIZES, "d_model": 32, "num_layers": 2, "attention_heads": 4}, "XGLMForCausalLM"),
+        ("doge", GROUPED, "DogeForCausalLM"),
+    ],
+)
+def test_families_that_work_on_their_mask_say_so(family: str, sizes: dict[str, Any], name: str) -> None:
+    with pytest.raises(DataError, match=f"{name}: its forward pass fails .*; give --attention whole") as info:
+        measured(tiny_model(family, sizes), attention="streaming")
+    assert info.value.__cause__ is not None
+    assert "\n" not in str(info.value)
+
+
+def test_a_mask_that_the_model_changed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    made = modeling_llama.create_causal_mask
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", lambda **arguments: made(**arguments) + 1)
+    llama = tiny_model("llama", FAMILIES["llama"])
+    with pytest.raises(DataError, match=r"LlamaAttention: works on its mask, .*; give --attention whole"):
+        measured(llama, attention="streaming")
+
+
+FAULTS: list[tuple[BaseException, bool]] = [
+    (IndexError("of the model\nand more"), True),
+    (RuntimeError(), True),
+    (KeyboardInterrupt(), False),
+    (MemoryError(), False),
+    (torch.OutOfMemoryError("CUDA out of memory"), False),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+]
+
+
+@pytest.mark.parametrize("metric", ["sink", "sink_cut"])
+@pytest.mark.parametrize(("fault", "told"), FAULTS)
+def test_only_what_the_models_code_raises_is_told_in_its_name(
+    fault: BaseException, told: bool, metric: str
+) -> None:
+    llama = tiny_model("llama", FAMILIES["llama"])
+    passes = []
+
+    def fail(*_: Any) -> None:
+        passes.append(1)
+        if len(passes) == (1 if metric == "sink" else 2):
+            raise fault
+
+    llama.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(DataError if told else type(fault)) as info:
+        measured(llama, metrics=(metric,), attention="whole")
+    if told:
+        first = str(fault).split("\n")[0] or type(fault).__name__
+        assert isinstance(info.value, DataError)
+        assert info.value.problem == f"its forward pass fails ({type(fault).__name__}: {first})"
+        assert info.value.remedy == "measure another model"
+        assert info.value.__cause__ is fault
+    else:
+        assert info.value is fault
+
+
+def test_what_a_metric_raises_is_not_told_in_the_models_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def observe(self: Any, capture: Any) -> None:
+        raise IndexError("of the metric")
+
+    monkeypatch.setattr("sinkbench.measure.observations.Observations.add", observe)
+    with pytest.raises(IndexError, match="of the metric"):
+        measured(tiny_model("llama", FAMILIES["llama"]))
+    tokens = torch.ones(1, LENGTH, dtype=torch.int64)
+    forwards = OpenForwards(tiny_model("llama", FAMILIES["llama"]), tokens, batch_size=1, streaming=False)
+
+    def fail(*_: Any) -> Any:
+        raise IndexError("of the metric")
+
+    for change in ("visible", "linear_weight", "linear_input"):
+        with pytest.raises(IndexError, match="of the metric"):
+            forwards.losses(**{change: fail})
+
+
 def test_masks_that_cannot_be_changed_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """As some families of transformers 4 make them."""
     llama, falcon = (tiny_model(family, FAMILIES[family]) for family in ("llama", "falcon"))
@@ -330,3 +442,16 @@ def test_bos_is_the_first_token(attention: Literal["whole", "streaming"]) -> Non
     assert result.length == LENGTH
     assert (seen[0][:, 0] == 1).all()
     assert (seen[0][:, 1:] == seen[0][:, 1:2]).all()
+
+
+def test_special_tokens_may_be_lists() -> None:
+    """As of LLaMA 3 Instruct."""
+    model = tiny_model("llama", FAMILIES["llama"])
+    # past the check of types, which configurations with code of their own lack
+    vars(model.config).update(bos_token_id=[1, 4], eos_token_id=[2, 8, 9])
+    usable = opened(model).usable_tokens()
+    assert sorted(set(range(VOCABULARY)) - set(usable)) == [0, 1, 2, 4, 8, 9]
+    assert opened(model).bos() == 1
+    vars(model.config).update(bos_token_id=[])
+    with pytest.raises(DataError, match="no beginning-of-sequence token; leave out --bos"):
+        opened(model).bos()
