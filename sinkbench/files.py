@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 from sinkbench.errors import HostError
+
+NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+"""Error numbers of ``flock`` on file systems that have none."""
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -15,7 +15,6 @@ wandb_run_id     of the run at Weights & Biases, so that it goes on there
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import logging
@@ -30,7 +29,7 @@ from sinkbench import recipe
 from sinkbench.config import Config
 from sinkbench.errors import HostError, RecipeError
 from sinkbench.explain import show
-from sinkbench.files import write_atomically
+from sinkbench.files import NO_LOCKS, write_atomically
 from sinkbench.recipe_layers import flatten, is_within
 
 MAY_CHANGE = (
@@ -62,7 +61,6 @@ LOCK_WAIT_S = 2.0
 RANKS_WAIT_S = 30.0
 """So long the ranks of a run that lost its main process have to notice."""
 LOCK, RANKS_LOCK, STOPPED = ".lock", ".lock.ranks", "stopped.json"
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _SHOWN_CHANGES = 8
 
 _log = logging.getLogger(__name__)
@@ -211,7 +209,7 @@ def _locked(path: Path, kind: int, wait_s: float, busy: tuple[str, str]) -> Text
                 file.close()
                 raise HostError(str(path.parent), *busy) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 file.close()
                 raise
             _log.warning("%s: its file system has no locks; start no other run there", path.parent)

@@ -7,7 +7,6 @@ of workers, nor on interruptions.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -30,7 +29,7 @@ from sinkbench.data.shards import make_sample, make_tokenise, sample_key, shard_
 from sinkbench.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from sinkbench.data.workers import available_cores, map_in_order
 from sinkbench.errors import DataError, HostError
-from sinkbench.files import write_atomically
+from sinkbench.files import NO_LOCKS, write_atomically
 
 UNIT_BYTES = 4 << 20
 """Text of one shard: small enough to hold many at once, large enough that files stay few."""
@@ -40,7 +39,6 @@ SAMPLE_CHARS = 32 << 20
 _WORK = ".prepare"
 _MARKER = "request.json"
 """In the work folder: what is being prepared."""
-_NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _log = logging.getLogger(__name__)
 
 
@@ -229,7 +227,7 @@ def _wait_for_lock(descriptor: int, folder: Path) -> None:
         _log.info("waiting for another process that prepares %s", folder)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         _log.warning("%s: its file system has no locks; prepare it in no other process meanwhile", folder)
 
