@@ -12,7 +12,9 @@ from pydantic import ValidationError
 
 from sinkbench import plugins, recipe
 from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore
-from sinkbench.config import MeasureConfig, PluginRef
+from sinkbench.config import IndexedConfig, MeasureConfig, PluginRef
+from sinkbench.data.manifest import MANIFEST
+from sinkbench.data.prepare import cached_folder
 from sinkbench.errors import DataError, HostError, SinkbenchError
 from sinkbench.measure import finished
 from sinkbench.measure.finished import Finished
@@ -23,6 +25,9 @@ from sinkbench.plugins import Chosen
 
 if TYPE_CHECKING:
     from sinkbench.measure.hf_load import Place, Trust
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
+"""Files of a model's folder that its tokenizer may be read from."""
 
 Advance = Callable[[int, int], None]
 """Called with sequences done and sequences in all."""
@@ -85,7 +90,9 @@ def _run(target: str, settings: Settings, kept: Finished, advance: Advance) -> I
     checkpoint = find_checkpoint(Path(target).expanduser(), settings.step)
     chosen = _plugins_of_run(checkpoint, settings)
     for kind in settings.inputs:
-        name = _key(_files(checkpoint), kind, settings, chosen)
+        own_text = kind == "natural" and settings.prompts is None
+        files = _files(checkpoint) + (_data(checkpoint) if own_text else [])
+        name = _key(files, kind, settings, chosen)
         result = kept.get(name)
         if result is None:
             result = measure_run(target, checkpoint, kind, settings)
@@ -98,6 +105,20 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
     return [checkpoint.folder / INFO, checkpoint.recipe]
 
 
+def _data(checkpoint: Checkpoint) -> list[Path]:
+    """What tells a run's data from others under the same path."""
+    try:
+        data = recipe.to_config(recipe.load(checkpoint.recipe)).data
+        if not isinstance(data, IndexedConfig):
+            return []
+        prepared = [cached_folder(data.prepare)] if data.prepare else []
+    except SinkbenchError:
+        return []  # as measuring will say
+    folders = prepared or [Path(entry.path).expanduser() for entry in data.train]
+    manifests = (path for folder in folders for path in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")))
+    return [path for path in manifests if path.is_file()]
+
+
 def _open(target: str, settings: Settings, kept: Finished, advance: Advance) -> Iterator[Result]:
     from sinkbench.measure.hf_load import open_model
 
@@ -105,7 +126,8 @@ def _open(target: str, settings: Settings, kept: Finished, advance: Advance) -> 
     chosen = _metrics(settings)
     # The copies of its plugins that an exported model runs are code that came with it.
     code = [*place.folder.glob("*.py")] if settings.allow_code else []
-    names = {kind: _key(place.files + code, kind, settings, chosen) for kind in settings.inputs}
+    files = place.files + code + [path for name in TOKENIZER for path in place.folder.glob(name)]
+    names = {kind: _key(files, kind, settings, chosen) for kind in settings.inputs}
     known = {kind: kept.get(name) for kind, name in names.items()}
     missing = [kind for kind, result in known.items() if result is None]
     fresh: Iterator[Result] = iter(())

@@ -350,6 +350,38 @@ def test_code_that_came_with_a_model_is_told(folder: Path, run: Run, tmp_path: P
     assert run(*arguments)[2] == ""
 
 
+def test_another_tokenizer_or_other_data_are_told(
+    folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from sinkbench.checkpoint import CheckpointStore
+    from tests.unit.checkpoint_folder import save
+    from tests.unit.data_folder import write_folder
+
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    assert run(path)[2] == ""
+    assert "1 of the results taken from" in run(path)[2]
+    (path / "tokenizer_config.json").write_text((path / "tokenizer_config.json").read_text() + " ")
+    assert run(path)[2] == ""
+
+    def measure_run(target: str, checkpoint: Any, inputs: str, settings: Any) -> Result:
+        return Result(target=target, inputs=inputs, length=12, count=3, bos=False, metrics={})
+
+    monkeypatch.setattr("sinkbench.measure.runs.measure_run", measure_run)
+    data, mine = tmp_path / "data", tmp_path / "runs" / "mine"
+    write_folder(data, [[1] * 300])
+    recipe = SMALL.replace("source: bigram_backcopy", f"source: indexed, train: {data}")
+    assert recipe != SMALL
+    save(CheckpointStore(mine / "checkpoints"), 5, recipe=recipe)
+    assert run(mine)[2] == ""
+    assert "1 of the results taken from" in run(mine)[2]
+    shutil.rmtree(data)
+    write_folder(data, [[2] * 400])
+    assert run(mine)[2] == ""
+
+
 def test_a_list_skips_what_cannot_be_had(folder: Path, run: Run, tmp_path: Path) -> None:
     path = tmp_path / "list.yaml"
     path.write_text(
