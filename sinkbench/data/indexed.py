@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkbench.config import IndexedConfig
-from sinkbench.data.manifest import MANIFEST, TRAIN, VALIDATION, Manifest, check_sizes, load_manifest
+from sinkbench.data.manifest import TRAIN, VALIDATION, Manifest, check_sizes, load_manifest, prepared_in
 from sinkbench.data.source import Arrays, HeldOut
 from sinkbench.data.verify import verify_at_start
 from sinkbench.errors import DataError
@@ -191,10 +191,8 @@ class _Folder:
     def open_all(cls, path: str) -> list[_Folder]:
         """The folder of a path, or the prepared folders in it, by name."""
         folder = Path(path).expanduser()
-        if not folder.is_dir() or (folder / MANIFEST).exists():
-            return [cls.open(path)]
-        inner = sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}"))
-        return [cls.open(str(found)) for found in inner] or [cls.open(path)]
+        found = prepared_in(folder)
+        return [cls.open(path)] if found == [folder] else [cls.open(str(inner)) for inner in found]
 
     def has(self, split: str) -> bool:
         return self.manifest.tokens[split] > 0

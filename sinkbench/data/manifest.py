@@ -84,6 +84,13 @@ def _prepare_or(folder: Path) -> str:
     return f"did you mean {folder.parent / close[0]}? Or {remedy}" if close else remedy
 
 
+def prepared_in(folder: Path) -> list[Path]:
+    """The folder, or the prepared folders in it by name; itself if there are none."""
+    if not folder.is_dir() or (folder / MANIFEST).exists():
+        return [folder]
+    return sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}")) or [folder]
+
+
 def load_manifest(folder: Path) -> Manifest:
     """The manifest of a prepared folder.
 

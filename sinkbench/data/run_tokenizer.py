@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from sinkbench.config import BigramBackcopyConfig, Config, IndexedConfig
-from sinkbench.data.manifest import MANIFEST, load_manifest
+from sinkbench.data.manifest import load_manifest, prepared_in
 from sinkbench.data.prepare import cached_folder
 from sinkbench.data.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 from sinkbench.errors import DataError
@@ -104,7 +104,4 @@ def _of_data(data: IndexedConfig) -> Tokenizer:
 
 def _prepared_folder(data: IndexedConfig) -> Path:
     folder = cached_folder(data.prepare) if data.prepare else Path(data.train[0].path).expanduser()
-    if (folder / MANIFEST).exists():
-        return folder
-    # It may hold prepared folders, which share their tokenizer.
-    return next((found.parent for found in sorted(folder.glob(f"*/{MANIFEST}"))), folder)
+    return prepared_in(folder)[0]  # all in it share their tokenizer

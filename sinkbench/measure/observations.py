@@ -9,16 +9,10 @@ import torch
 
 from sinkbench.api import LayerCapture, Metric, Observation
 from sinkbench.errors import DataError, PluginError
+from sinkbench.measure.results import OF_A_RUN
 
 Values = dict[str, float | list[Any]]
 """Of a metric, or of all: floats and nested lists by key."""
-
-
-OF_A_RUN = frozenset(
-    {"attention", "event", "label", "loss", "mfu", "name", "seconds", "step", "time", "tokens"}
-    | {"tokens_per_second", "train_loss"}
-)
-"""Keys of a run's own in metrics.jsonl, its summary and tables, beside loss/DOMAIN."""
 
 
 def merged(found: Mapping[str, Values]) -> Values:

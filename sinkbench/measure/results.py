@@ -37,6 +37,13 @@ Metrics = dict[str, Nested]
 """A metric's name -> a number, or numbers nested by layer, head, key position."""
 
 
+OF_A_RUN = frozenset(
+    {"attention", "event", "label", "loss", "mfu", "name", "seconds", "step", "time", "tokens"}
+    | {"tokens_per_second", "train_loss"}
+)
+"""Keys of a run's own in metrics.jsonl, its summary and tables, beside loss/DOMAIN."""
+
+
 class Document(BaseModel):
     """A file of this module: unknown keys are errors, numbers that are not finite become null."""
 

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 
 from sinkbench import plugins, recipe
 from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore
-from sinkbench.config import IndexedConfig, MeasureConfig, PluginRef
-from sinkbench.data.manifest import MANIFEST
+from sinkbench.config import Config, IndexedConfig, MeasureConfig, PluginRef
+from sinkbench.data.manifest import MANIFEST, prepared_in
 from sinkbench.data.prepare import cached_folder
 from sinkbench.errors import DataError, HostError, SinkbenchError
 from sinkbench.measure import finished
@@ -88,10 +88,11 @@ def _run(target: str, settings: Settings, kept: Finished, advance: Advance) -> I
     from sinkbench.measure.runs import find_checkpoint, measure_run
 
     checkpoint = find_checkpoint(Path(target).expanduser(), settings.step)
-    chosen = _plugins_of_run(checkpoint, settings)
+    known = _recipe_of_run(checkpoint, settings)
+    chosen = known and known[1]
     for kind in settings.inputs:
         own_text = kind == "natural" and settings.prompts is None
-        files = _files(checkpoint) + (_data(checkpoint) if own_text else [])
+        files = _files(checkpoint) + (_data(known[0]) if known and own_text else [])
         name = _key(files, kind, settings, chosen)
         result = kept.get(name)
         if result is None:
@@ -105,17 +106,17 @@ def _files(checkpoint: Checkpoint) -> list[Path]:
     return [checkpoint.folder / INFO, checkpoint.recipe]
 
 
-def _data(checkpoint: Checkpoint) -> list[Path]:
+def _data(config: Config) -> list[Path]:
     """What tells a run's data from others under the same path."""
+    data = config.data
+    if not isinstance(data, IndexedConfig):
+        return []
     try:
-        data = recipe.to_config(recipe.load(checkpoint.recipe)).data
-        if not isinstance(data, IndexedConfig):
-            return []
         prepared = [cached_folder(data.prepare)] if data.prepare else []
     except SinkbenchError:
         return []  # as measuring will say
     folders = prepared or [Path(entry.path).expanduser() for entry in data.train]
-    manifests = (path for folder in folders for path in (folder / MANIFEST, *folder.glob(f"*/{MANIFEST}")))
+    manifests = (found / MANIFEST for folder in folders for found in prepared_in(folder))
     return [path for path in manifests if path.is_file()]
 
 
@@ -168,12 +169,13 @@ def _trust(settings: Settings) -> Trust:
     return Trust(pickle=settings.allow_pickle, code=settings.allow_code)
 
 
-def _plugins_of_run(checkpoint: Checkpoint, settings: Settings) -> tuple[Chosen, ...] | None:
-    """The plugins that take part in measuring a run; None if they cannot be had, as measuring will say."""
+def _recipe_of_run(checkpoint: Checkpoint, settings: Settings) -> tuple[Config, tuple[Chosen, ...]] | None:
+    """The recipe of a run and the plugins that take part in measuring it; None if they cannot be had, as
+    measuring will say."""
     overrides = [f"measure.metrics=[{', '.join(settings.metrics)}]"] if settings.metrics else []
     try:
         config = recipe.to_config(recipe.load(checkpoint.recipe, overrides))
-        return tuple(plugins.resolve(config, plugins.discover()))
+        return config, tuple(plugins.resolve(config, plugins.discover()))
     except SinkbenchError:
         return None
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from sinkbench import __version__
 from sinkbench.files import write_atomically
+from sinkbench.measure.results import OF_A_RUN
 from sinkbench.report import columns, figures, markup
 from sinkbench.report.columns import ABSENT, Added, Column
 from sinkbench.report.figures import Curve
@@ -35,9 +36,6 @@ SUMMARY = (
     columns.TOKENS_PER_SECOND,
     columns.MFU,
 )
-
-NO_METRICS = ("label", "step", "event", "time", "seconds")
-"""Keys of a probe's line in metrics.jsonl, and of a row, that no metric returns."""
 
 IDENTITY = ("name", "label", "output_dir")
 """Recipe keys that differ between any two runs and explain nothing."""
@@ -121,7 +119,7 @@ def _summary(runs: Sequence[Run]) -> str:
 
 def _other_metrics(runs: Sequence[Run]) -> Added:
     """The scalars of metrics that are not sinkbench's own."""
-    return columns.added(SUMMARY, (line for run in runs for line in run.lines.get(PROBE, ())), NO_METRICS)
+    return columns.added(SUMMARY, (line for run in runs for line in run.lines.get(PROBE, ())), OF_A_RUN)
 
 
 def _domains(runs: Sequence[Run]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from sinkbench.measure.results import Result
+from sinkbench.measure.results import OF_A_RUN, Result
 from sinkbench.report import columns
 from sinkbench.report.columns import Column
 
@@ -50,9 +50,6 @@ MEASURED = (
     *columns.FURTHER,
 )
 
-NO_METRICS = ("name", "label", "step", "train_loss", "tokens", "tokens_per_second", "mfu")
-"""Keys of a run's summary that no metric returns, beside loss/DOMAIN and those with a column."""
-
 
 @dataclass(frozen=True)
 class Fitted:
@@ -89,7 +86,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]]) -> Fitted:
             value is left out.
     """
     domains = {key for row in rows for key in row if key.startswith("loss/")}
-    return Fitted(COLUMNS, rows, "summary.json", {*NO_METRICS, *domains})
+    return Fitted(COLUMNS, rows, "summary.json", OF_A_RUN | domains)
 
 
 def measurement_row(result: Result, published: Published) -> dict[str, Any]:
