@@ -21,6 +21,7 @@ from torch import Tensor
 from sinkbench.api import Batch
 from sinkbench.config import Config
 from sinkbench.errors import RecipeError
+from sinkbench.megatron import graph_fills
 from sinkbench.megatron.parallel import Layout, before_leaving
 
 _log = logging.getLogger(__name__)
@@ -184,6 +185,7 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
+        self._driver = graph_fills.driver()
         self._stream = torch.cuda.Stream()
 
     @contextmanager
@@ -198,7 +200,7 @@ class CudaRecorder:
         usual.wait_stream(self._stream)
 
     def __call__(self, function: Callable[[], None]) -> Recorded:
-        graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph(keep_graph=True) if self._driver is not None else torch.cuda.CUDAGraph()
         random = torch.cuda.default_generators[torch.cuda.current_device()]
         before = random.clone_state()
         try:
@@ -209,6 +211,9 @@ class CudaRecorder:
             random.graphsafe_set_state(before)  # its own would wait for this capture's end for ever
             raise
         self._pool = graph.pool()
+        if self._driver is not None:
+            graph_fills.as_kernels(self._driver, graph.raw_cuda_graph())
+            graph.instantiate()
         _captured.add(graph)
         return graph
 
