@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sinkbench.api import AttentionSpec
-from sinkbench.attention import sdpa
+from sinkbench.attention import gradient_room, sdpa
 from sinkbench.attention.flash import Kernel, Scores
 from sinkbench.attention.flash_torch import Inputs, laid_out
 from sinkbench.attention.reference import Problem, scaled_and_biased
@@ -88,9 +88,13 @@ class _Four:
     def backward(
         self, grad: Tensor, inputs: Inputs, output: Tensor, lse: Tensor, state: None, scores: Scores
     ) -> Inputs:
+        room = gradient_room.take(*inputs[1:])
+        of_key, of_value = (None, None) if room is None else _length_first(*room)
         query, key, value = self.module._flash_attn_bwd(
             *_length_first(*inputs, output, laid_out(grad, output)),
             lse.contiguous(),
+            dk=of_key,
+            dv=of_value,
             deterministic=torch.are_deterministic_algorithms_enabled(),
             **_options(scores, None),
         )

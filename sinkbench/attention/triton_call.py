@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sinkbench.attention import tiles
+from sinkbench.attention import gradient_room, tiles
 from sinkbench.attention.tiles import Tiles
 from sinkbench.attention.triton_backward import backward_keys, backward_queries, divide_gradient
 from sinkbench.attention.triton_blocks import ROW_BLOCK, SLOPE, TABLE
@@ -159,7 +159,8 @@ class Call:
         """dK and dV by query head, and of each block of keys the sums for the bias and the slope."""
         q, s = self.q, self.s
         batch, heads, length, _ = q.shape
-        dk, dv = by_position(q), by_position(q)
+        room = gradient_room.take(self.k, self.v) if self.group == 1 else None
+        dk, dv = (by_position(q), by_position(q)) if room is None else room
         slope = position and s.position == SLOPE
         most = triton.cdiv(length, tiles.SMALLEST_BLOCK)
         db, dslope = (

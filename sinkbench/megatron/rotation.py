@@ -1,7 +1,8 @@
 """Queries, keys and values out of the fused projection, the first two rotated.
 
 A kv head's queries, key and value lie together in the projection, as in megatron. Fused, queries and keys are
-one kernel, and so is the whole projection's gradient, which autograd would put together from three.
+one kernel, and so is the whole projection's gradient, which autograd would put together from three. Its part
+that is the values' may be there already (``gradient_room``).
 
 Shapes: s position, b sequence, g kv head, h head, d head size.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sinkbench.attention import fused
+from sinkbench.attention.gradient_room import Room
 from sinkbench.attention.reference import rotate
 from sinkbench.megatron.fusions import compiled
 
@@ -68,20 +70,33 @@ class _SplitAndRotate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads
+        _, key, value = heads.split(mixed)
+        whole = mixed.is_contiguous() and mixed.storage_offset() == 0
+        ctx.room = Room(mixed, key, value) if whole and _by_triton(mixed) else None
         query, key = _fused(mixed)[0](mixed, cos, sin, heads)
-        return query, key, heads.split(mixed)[2]
+        return query, key, value
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = grads
         cos, sin = ctx.saved_tensors
+        filled = None if ctx.room is None else ctx.room.filled(value)
+        if filled is not None:
+            from sinkbench.megatron import triton_rotation
+
+            triton_rotation.rotate_back_into(filled, query, key, cos, sin, ctx.heads)
+            return filled, None, None, None
         return _fused(query)[1](query, key, value, cos, sin, ctx.heads), None, None, None
+
+
+def _by_triton(example: Tensor) -> bool:
+    return example.is_cuda and fused.is_installed()
 
 
 def _fused(example: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The two functions below, where the example is: as kernels of Triton on a card, else compiled."""
-    if example.is_cuda and fused.is_installed():
+    if _by_triton(example):
         from sinkbench.megatron import triton_rotation
 
         return triton_rotation.rotated, triton_rotation.rotated_back

@@ -133,7 +133,7 @@ def rotated(mixed_sbw: Tensor, cos: Tensor, sin: Tensor, heads: HeadLayout) -> t
     length, batch, _ = mixed_sbw.shape
     query = mixed_sbw.new_empty(length, batch, heads.groups * heads.queries, heads.size)
     key = mixed_sbw.new_empty(length, batch, heads.groups, heads.size)
-    _launch(mixed_sbw.contiguous(), (query, key), cos, sin, heads)
+    _launch(mixed_sbw.contiguous(), (query, key), cos, sin, heads, back=False)
     return query, key
 
 
@@ -148,26 +148,37 @@ def rotated_back(
     """
     parts = [x if x.stride(-1) == 1 else x.contiguous() for x in (query_sbhd, key_sbgd, value_sbgd)]
     mixed = query_sbhd.new_empty(*query_sbhd.shape[:2], heads.groups * (heads.queries + 2) * heads.size)
-    _launch(mixed, parts, cos, sin, heads)
+    _launch(mixed, parts, cos, sin, heads, back=True)
     return mixed
 
 
-def _launch(mixed: Tensor, parts: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: HeadLayout) -> None:
+def rotate_back_into(
+    mixed_sbw: Tensor, query_sbhd: Tensor, key_sbgd: Tensor, cos: Tensor, sin: Tensor, heads: HeadLayout
+) -> None:
+    """As ``rotated_back``, into a gradient that has the values' part. The keys', not yet rotated, may lie
+    where it belongs."""
+    parts = [x if x.stride(-1) == 1 else x.contiguous() for x in (query_sbhd, key_sbgd)]
+    _launch(mixed_sbw, parts, cos, sin, heads, back=True)
+
+
+def _launch(
+    mixed: Tensor, parts: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: HeadLayout, *, back: bool
+) -> None:
     """Args:
-    parts: queries and keys, to be written, or the gradients of queries, keys and values, to be read.
+    parts: queries and keys, to be written, or to go back the gradients of queries, keys and, if they are
+        to be copied, values.
     """
     (length, batch), half = mixed.shape[:2], cos.shape[-1]
     if mixed.numel() == 0:
         return
-    back = len(parts) == 3
-    query, key, value = parts if back else (*parts, parts[1])
+    query, key, value = parts if len(parts) == 3 else (*parts, parts[1])
     strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
     unit = math.gcd(8, *strides)
     columns = triton.next_power_of_2(heads.size)
     row_bytes = columns * mixed.element_size()
     rows = min(triton.next_power_of_2(batch * query.shape[2]), max(BLOCK_BYTES // row_bytes, 1))
     query_blocks, key_blocks = (triton.cdiv(batch * x.shape[2], rows) for x in (query, key))
-    value_blocks = key_blocks if back else 0
+    value_blocks = key_blocks if len(parts) == 3 else 0
     _rotary[(length * (query_blocks + key_blocks + value_blocks),)](
         mixed, query, key, value, *(x.reshape(length, half).contiguous() for x in (cos, sin)),
         *(stride // unit for stride in strides), batch, query_blocks, key_blocks, value_blocks,

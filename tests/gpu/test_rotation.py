@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from sinkbench.api import AttentionSpec, Elementwise, Softmax, attention
+from sinkbench.attention import flash_attn, gradient_room
 from sinkbench.attention.reference import rotation
 from sinkbench.megatron.rotation import HeadLayout, rotated, rotated_back, split_and_rotate
 
@@ -109,3 +111,34 @@ def test_a_second_derivative_is_refused() -> None:
     (grad,) = torch.autograd.grad(query.float().square().sum(), mixed, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.float().sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+def test_attention_writes_where_the_projection_reads(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same gradients, to the last bit, as where they are copied, but for those that FlashAttention sums
+    in another order each time."""
+    if backend == "flash" and not flash_attn.has_four():
+        pytest.skip("needs flash-attn-4")
+    heads = HeadLayout(groups=8, queries=1, size=96)
+    cos, sin = angles(700, 96)
+    mixed = random(700, BATCH, width(heads)).requires_grad_()
+    taken = []
+    take = gradient_room.take
+
+    def counted(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+        taken.append(take(key, value))
+        return taken[-1]
+
+    def gradient() -> Tensor:
+        inputs = (x.permute(1, 2, 0, 3) for x in split_and_rotate(mixed, cos, sin, heads))
+        similarity = Softmax() if backend == "flash" else Elementwise(function=torch.sigmoid)
+        output = attention(AttentionSpec(rule=similarity), *inputs, backend=backend)
+        (grad,) = torch.autograd.grad(output, mixed, random(*output.shape))
+        return grad
+
+    monkeypatch.setattr(gradient_room, "take", counted)
+    found = gradient()
+    assert [room is not None for room in taken] == [True]
+    monkeypatch.setattr(gradient_room, "take", lambda *_: None)
+    for part, usual in zip(heads.split(found), heads.split(gradient()), strict=True):
+        torch.testing.assert_close(part, usual, rtol=0, atol=1e-2 if backend == "flash" else 0)

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend
 from sinkbench import packages
 from sinkbench.attention import backends, flash, flash_attn, flash_torch, reference, sdpa
 from sinkbench.attention.flash import Kernel, Scores
+from sinkbench.attention.gradient_room import Room
 from sinkbench.attention.reference import scaled_and_biased
 from sinkbench.errors import RecipeError
 from tests.unit.test_attention_backends import (
@@ -97,6 +98,8 @@ class StandInFour:
     def _flash_attn_bwd(
         self,
         *tensors: Tensor,
+        dk: Tensor | None,
+        dv: Tensor | None,
         deterministic: bool,
         softmax_scale: float,
         causal: bool,
@@ -105,7 +108,9 @@ class StandInFour:
     ) -> tuple[Tensor, ...]:
         query, key, value, output, grad = flipped(*tensors[:-1])
         scores = windowed(softmax_scale, causal, window_size_left, window_size_right)
-        return tuple(flipped(*eager_backward(grad, query, key, value, output, tensors[-1], scores)))
+        found = flipped(*eager_backward(grad, query, key, value, output, tensors[-1], scores))
+        places = (None, dk, dv)
+        return tuple(x if to is None else to.copy_(x) for x, to in zip(found, places, strict=True))
 
 
 class StandInTwo:
@@ -253,6 +258,25 @@ def laid_out(x: Tensor, order: tuple[int, ...]) -> Tensor:
     """Dense, its dimensions in that order in memory."""
     back = sorted(range(4), key=order.__getitem__)
     return x.detach().permute(order).contiguous().permute(back).requires_grad_()
+
+
+@pytest.mark.parametrize("way", ["flash-attn-4"], indirect=True)
+@pytest.mark.parametrize("prefix", [0, 9])
+def test_gradients_where_the_projection_has_them(way: str, prefix: int) -> None:
+    p = make_problem("key-value slot")
+    value = p.value_bgkd.detach()
+    mixed = torch.stack([torch.zeros_like(value), value], 3).permute(2, 0, 1, 3, 4).contiguous()
+    key_sbgd, value_sbgd = mixed.unbind(3)
+    room = Room(mixed, key_sbgd, value_sbgd)
+    p = replace(p, prefix=prefix)
+    inside = replace(p, value_bgkd=value_sbgd.permute(1, 2, 0, 3).requires_grad_())
+    found, expected = (
+        torch.autograd.grad(RUN[way](of).square().sum(), (of.key_bgkd, of.value_bgkd)) for of in (inside, p)
+    )
+    filled = room.filled(found[1].permute(2, 0, 1, 3))
+    assert filled is not None
+    for part, wanted in zip(filled.unbind(3), expected, strict=True):
+        torch.testing.assert_close(part.permute(1, 2, 0, 3), wanted)
 
 
 @pytest.mark.parametrize("name", ["sink logit of 20", "key-value slot of 20", "key slot"])

@@ -53,8 +53,16 @@ def assert_same_gradient(grads: list[Tensor], cos: Tensor, sin: Tensor, heads: H
     query, key, value = grads
     result = triton_rotation.rotated_back(query, key, value, cos, sin, heads)
     wide = torch.promote_types(query.dtype, torch.float32)
-    expected = rotated_back(query.to(wide), key.to(wide), value.to(wide), cos, sin, heads)
-    assert_same(result, expected.to(query.dtype))
+    expected = rotated_back(query.to(wide), key.to(wide), value.to(wide), cos, sin, heads).to(query.dtype)
+    assert_same(result, expected)
+    for in_place in (False, True):
+        filled = torch.full_like(expected, 7.0)
+        _, key_place, value_place = heads.split(filled)
+        value_place.copy_(value)
+        if in_place:
+            key = key_place.copy_(key)
+        triton_rotation.rotate_back_into(filled, query, key, cos, sin, heads)
+        assert_same(filled, expected)
 
 
 def assert_same_parts(mixed: Tensor, cos: Tensor, sin: Tensor, heads: HeadLayout) -> None:
