@@ -21,7 +21,7 @@ class AttentionParams(Params):
     sees. k: the same with a value that is not learned, v* = value_norm v'. v: a vector added to the
     output of each head."""
     kv_bias_shared: bool = False
-    """one vector for all heads of a layer rather than one for each."""
+    """one vector for all heads of a layer rather than one for each (keys and values: each kv head)."""
     value_norm: NonNegativeFloat = 0.0
     """m of the fixed value m v' that goes with kv_bias k."""
     value_direction: Literal["first", "uniform"] = "first"
@@ -29,14 +29,34 @@ class AttentionParams(Params):
     combine: Literal["concat", "sum"] = "concat"
     """heads are concatenated before the output projection, or added."""
     sink_token: bool = False
-    """a learned token stands before every sequence (StreamingLLM, Xiao et al. 2309.17453)."""
+    """a learned token stands before every sequence, while training too (StreamingLLM, Xiao et al.
+    2309.17453). It is a key as the others are: with a window, later queries do not see it, where
+    StreamingLLM's cache keeps it."""
 
     @model_validator(mode="after")
-    def _check_value(self) -> AttentionParams:
+    def _check_bias_vectors(self) -> AttentionParams:
         given = {"value_norm", "value_direction"} & self.model_fields_set
         if given and self.kv_bias != "k":
             which = " and ".join(sorted(given))
             raise ValueError(f"{which} has no effect with kv_bias: {self.kv_bias}; set kv_bias to k")
+        if "value_direction" in given and self.value_norm == 0:
+            raise ValueError("value_direction has no effect with value_norm: 0; set value_norm above 0")
+        if self.kv_bias_shared and self.kv_bias == "none":
+            raise ValueError("kv_bias_shared has no effect with kv_bias: none; set kv_bias to kv, k or v")
+        return self
+
+
+class RowParams(AttentionParams):
+    normalize: bool = True
+    """divide each row by its sum."""
+
+    @model_validator(mode="after")
+    def _check_key_bias(self) -> RowParams:
+        if self.kv_bias == "k" and self.value_norm == 0 and not self.normalize:
+            raise ValueError(
+                "kv_bias: k has no effect without value_norm where rows are not normalised; set value_norm "
+                "above 0, normalize to true, or kv_bias to kv"
+            )
         return self
 
 

@@ -20,15 +20,15 @@ from sinkbench.api import (
     hookimpl,
 )
 
-from ._options import AttentionParams, compose
+from ._options import RowParams, compose
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class KernelParams(AttentionParams):
+class KernelParams(RowParams):
     normalize: bool = True
-    """divide each row by its normaliser."""
+    """divide each row by its sum; that of identity and MLP by max(|sum|, 1)."""
 
 
 def score_itself(score: Tensor) -> Tensor:

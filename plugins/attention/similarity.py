@@ -13,16 +13,14 @@ from pydantic import model_validator
 
 from sinkbench.api import AttentionSpec, BuildContext, Elementwise, ParameterSpec, Plugin, hookimpl
 
-from ._options import AttentionParams, compose
+from ._options import RowParams, compose
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 
-class SimilarityParams(AttentionParams):
-    normalize: bool = True
-    """divide each row by its sum."""
+class SimilarityParams(RowParams):
     bias: Literal["none", "fixed", "learned"] = "none"
     """added to every score; learned: one per head."""
     bias_init: float | Literal["-log n"] = "-log n"

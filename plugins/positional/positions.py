@@ -68,6 +68,16 @@ def build_rope(params: RopeParams, context: BuildContext) -> PositionalSpec:
     return PositionalSpec(rotary=Rotary(base=params.base, fraction=params.fraction))
 
 
+def check_rope(params: RopeParams, config: Config) -> list[str]:
+    size = config.model.head_dim
+    if size * params.fraction >= 2:
+        return []
+    if size < 2:
+        return [f"head size {size} has no pair to rotate; choose a larger one, or positional none"]
+    least = math.ceil(2000 / size) / 1000
+    return [f"fraction {params.fraction} rotates no pair of head size {size}; raise it to {least} or above"]
+
+
 def build_none(params: Params, context: BuildContext) -> PositionalSpec:
     return PositionalSpec()
 
@@ -176,6 +186,7 @@ def sinkbench_positional() -> list[Plugin]:
             summary="rotary embedding of queries and keys (Su et al. 2104.09864)",
             params=RopeParams,
             build=build_rope,
+            check=check_rope,
         ),
         Plugin(name="none", summary="no position information (NoPE)", build=build_none),
         Plugin(name="learned", summary="a learned vector per position, added", build=build_learned),

@@ -285,11 +285,12 @@ def cases() -> Iterator[tuple[str, str, str | None, int, int]]:
     """Family, option, positional plugin, prefix, head size: every family with every head size and every
     option, every bias of positions with three families, the rest in turn."""
     sizes = (64, 96, 128)
-    for number, family in enumerate(FAMILIES):
+    for number, (family, (_, params, _)) in enumerate(FAMILIES.items()):
         for size in sizes:
             yield family, "plain", None, 0, size
         for other, option in enumerate(OPTIONS):
-            if option != "plain":
+            refused = option in ("k", "k shared") and params.get("normalize") is False
+            if option != "plain" and not refused:
                 yield family, option, None, (number + other) % 2 * 4, sizes[(number + other) % 3]
     for number, position in enumerate(POSITIONS):
         for family in ("softmax", "sigmoid normalised", "kernel mlp"):
@@ -373,6 +374,15 @@ def test_what_a_variant_declares(index: PluginIndex) -> None:
     ("kind", "name", "params", "message"),
     [
         ("attention", "softmax", {"value_norm": 3.0}, "value_norm has no effect with kv_bias: none"),
+        ("attention", "softmax", {"kv_bias_shared": True}, "kv_bias_shared has no effect with kv_bias: none"),
+        (
+            "attention",
+            "softmax_off_by_one",
+            {"kv_bias": "k", "value_direction": "uniform"},
+            "value_direction has no effect with value_norm: 0",
+        ),
+        ("attention", "sigmoid", {"kv_bias": "k", "normalize": False}, "kv_bias: k has no effect without"),
+        ("attention", "kernel_mlp", {"kv_bias": "k", "normalize": False}, "kv_bias: k has no effect without"),
         ("attention", "elu", {"bias_init": 1.0}, "bias_init has no effect with bias: none"),
         ("positional", "t5", {"max_distance": 16}, "max_distance 16 lies within the 16 single distances"),
         ("data_transform", "random_tokens", {"start": 3}, "end 2 is not above start 3"),
