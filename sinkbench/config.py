@@ -103,7 +103,7 @@ class ModelConfig(Section):
     """default: hidden_size / num_attention_heads."""
     ffn: Literal["swiglu", "geglu", "reglu", "swish", "gelu", "gelu_tanh", "relu", "none"] = "swiglu"
     ffn_hidden_size: Width | None = None
-    """width of the feed-forward block; needed unless ffn is none."""
+    """width of the feed-forward block; needed unless ffn is none, with which it has no effect."""
     linear_bias: Literal["none", "qkv", "all"] = "none"
     """bias of the linear maps within layers: none, of queries, keys and values (Qwen2), or of all (GPT-2)."""
     parallel_residual: bool = False
@@ -146,6 +146,12 @@ class ModelConfig(Section):
             raise ValueError(f"ffn_hidden_size is missing for ffn {self.ffn}; set it, or ffn: none")
         if self.parallel_residual and self.ffn == "none":
             raise ValueError("parallel_residual: true needs a feed-forward block; set ffn, or write false")
+        # A recipe that was written out has every default.
+        default = type(self).model_fields["init_std"].default
+        if self.init == "paper" and self.init_std != default:
+            raise ValueError(
+                f"init_std has no effect with init: paper; set init to normal, or init_std to {default}"
+            )
         return self
 
     @property
@@ -299,6 +305,16 @@ class OptimConfig(Section):
     def _check(self) -> OptimConfig:
         if self.end_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} is above lr {self.lr}; lower it")
+        if self.schedule == "constant" and self.min_lr not in (None, self.lr):
+            raise ValueError(
+                "min_lr has no effect with schedule: constant; set schedule to cosine or wsd, or min_lr to "
+                "null"
+            )
+        if self.schedule != "wsd" and self.decay_steps is not None:
+            raise ValueError(
+                f"decay_steps has no effect with schedule: {self.schedule}; set schedule to wsd, or "
+                "decay_steps to null"
+            )
         return self
 
     @property
@@ -306,6 +322,10 @@ class OptimConfig(Section):
         if self.schedule == "constant":
             return self.lr
         return self.lr / 10 if self.min_lr is None else self.min_lr
+
+    def wsd_decay_steps(self, steps: int) -> int:
+        """Those that decay at the end of ``steps``, under schedule wsd."""
+        return self.decay_steps or max(1, steps // 10)
 
 
 class TrainConfig(Section):
@@ -481,6 +501,12 @@ class Config(Section):
             raise ValueError(
                 f"optim.warmup_steps {self.optim.warmup_steps} is above train.steps "
                 f"{self.train.steps}; lower it"
+            )
+        decay = self.optim.wsd_decay_steps(self.train.steps) if self.optim.schedule == "wsd" else 0
+        if self.optim.warmup_steps + decay > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps {self.optim.warmup_steps} and optim.decay_steps {decay} are together "
+                f"above train.steps {self.train.steps}; lower one of them"
             )
         return self
 

@@ -73,7 +73,7 @@ def make_scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
-        wsd_decay_steps=(optim.decay_steps or max(1, steps // 10)) if wsd else None,
+        wsd_decay_steps=optim.wsd_decay_steps(steps) if wsd else None,
         lr_wsd_decay_style="linear" if wsd else None,
     )
     scheduler.step(1)
