@@ -10,9 +10,11 @@ from sinkbench.api import (
     AttentionSpec,
     BuildContext,
     DataTransform,
+    Elementwise,
     LossSpec,
     NormalizationSpec,
     PositionalSpec,
+    ScoreBias,
 )
 from sinkbench.attention.backends import Backend, Use, choose
 from sinkbench.batching import CARD_TOKENS, DEFAULT_TOKENS
@@ -65,8 +67,8 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
         vocab_size: size of the data's vocabulary.
 
     Raises:
-        RecipeError: the requested backend cannot do what the attention declares, or the vocabulary
-            does not divide over tensor-parallel ranks.
+        RecipeError: the requested backend cannot do what the attention declares, the vocabulary does not
+            divide over tensor-parallel ranks, or what two plugins declare does not go together.
         PluginError: a plugin built something that its kind does not allow.
     """
     from sinkbench.megatron import norms
@@ -84,11 +86,16 @@ def declare(config: Config, resolved: Resolved, vocab_size: int) -> Declarations
     if attention.sink_token:
         _check_sink_token(config)
         context = replace(context, num_positions=model.seq_length + 1)
+    if attention.combine == "sum" and model.linear_bias == "all":
+        problem = "all: the projection of summed heads (combine: sum) has no bias"
+        raise RecipeError("model.linear_bias", problem, "set it to qkv or none, or heads to combine: concat")
     normalization = _built(resolved.normalization, context, NormalizationSpec)
     if model.parallel_residual:
         _check_parallel_residual(normalization)
     positional = _built(resolved.positional, context, PositionalSpec)
     loss = _built(resolved.loss, context, LossSpec)
+    if positional.score_bias is not None:
+        _check_positive_sums(attention, positional.score_bias, context, loss.bidirectional_prefix)
     if has_document_mask(config):
         _check_documents(attention, loss)
     return Declarations(
@@ -166,6 +173,32 @@ def _check_documents(attention: AttentionSpec, loss: LossSpec) -> None:
         if there:
             problem = f"does not go together with {what}"
             raise RecipeError("data.document_mask", problem, "write false, or leave that out")
+
+
+def _check_positive_sums(
+    attention: AttentionSpec, bias: ScoreBias, context: BuildContext, prefix: int
+) -> None:
+    """Where a rule is the score itself, the sum that rows are divided by is above zero only as long as a
+    feature map makes scores positive and no position bias takes from them."""
+    import torch
+
+    rule = attention.rule
+    if not isinstance(rule, Elementwise) or rule.normalize is not True:
+        return
+    below = -torch.logspace(-3, 3, 64)
+    if not bool((rule.function(below) < 0).any()):
+        return
+    if not bias.parameters:
+        distance_qk = torch.arange(-prefix, context.num_positions)[None]
+        if bool((bias.function(distance_qk, torch.arange(context.num_heads), {}) >= 0).all()):
+            return
+    raise RecipeError(
+        "model.positional",
+        "a position bias may make scores negative, and rows of this attention are divided by their sum, "
+        "which may then be zero",
+        "choose a positional plugin without one, such as rope, or an attention whose rows are not divided "
+        "(normalize: false)",
+    )
 
 
 def _check_parallel_residual(normalization: NormalizationSpec) -> None:

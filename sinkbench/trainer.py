@@ -79,6 +79,12 @@ def _check_needs(loss: LossSpec, config: Config, source: SequenceSource) -> None
         raise RecipeError("loss", problem, remedy)
 
 
+def _warn_of_window(declared: Declarations) -> None:
+    window, length = declared.attention.window, declared.context.num_positions
+    if window is not None and window >= length:
+        _log.warning("a window of %d leaves out nothing of %d tokens: this is full attention", window, length)
+
+
 class Trainer:
     """One run. Everything here is called on all ranks unless it says otherwise."""
 
@@ -175,6 +181,7 @@ class Trainer:
         self.folder.begin(start, self.manifest)
         if self.source.tokenizer is not None:
             keep_tokenizer(self.source.tokenizer, self.folder.path)
+        _warn_of_window(self.declared)
         self.sinks = open_sinks(self.config, self.folder.path, start)
         if self.config.log.progress:
             programs = manifest.in_words(self.declared)
