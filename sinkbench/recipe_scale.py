@@ -47,7 +47,7 @@ def take(layer: Layer, where: str) -> dict[str, float]:
 
 
 def apply(layer: Layer, factors: dict[str, float], kept: str) -> None:
-    """Multiplies, in place; whole numbers stay whole and at least 1.
+    """Multiplies, in place; whole numbers stay whole, and those above 0 at least 1.
 
     Args:
         kept: values from this place are left as they are.
@@ -59,7 +59,8 @@ def apply(layer: Layer, factors: dict[str, float], kept: str) -> None:
         if place == kept or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         holder = _value(layer, section) if section else layer.values
-        holder[last] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+        scaled = value * factor
+        holder[last] = max(min(value, 1), round(scaled)) if isinstance(value, int) else scaled
         if factor != 1:
             layer.origins[key] = f"{place}, {value:g} x {factor:g}"
 

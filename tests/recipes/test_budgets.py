@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sinkbench import cli, recipe
+from sinkbench.config import OptimConfig
 from tests.recipes.shipped import NAMES
 
 BUDGETS = ("cpu_minute", "h100_5min", "paper")
@@ -55,6 +57,49 @@ def test_the_papers_budget_takes_another_back() -> None:
     (back,) = runs("default_60m.yaml", *both).values()
     assert (small["train"]["steps"], small["train"]["global_batch_size"]) == (1000, 64)
     assert (back["train"]["steps"], back["train"]["global_batch_size"]) == (20_000, 512)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_budget_leaves_the_end_of_a_schedule(budget: str) -> None:
+    factor = 5 if budget == "cpu_minute" else 1
+    for run in runs("paper/optimization/schedule.yaml", f"extends+=_base/budget/{budget}").values():
+        config = OptimConfig.model_validate(run["optim"])
+        assert config.end_lr == pytest.approx(0 if config.schedule == "wsd" else config.lr / 10)
+        assert config.lr == pytest.approx(factor * 4e-4)
+
+
+def test_a_budget_scales_what_belongs_to_rates_and_steps(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "extends: sinkbench:default_60m.yaml\noptim: {schedule: wsd, min_lr: 1e-4, decay_steps: 4000}\n"
+    )
+    for budget, min_lr, decay_steps in (
+        ("cpu_minute", 5e-4, 40),
+        ("h100_5min", 1e-4, 200),
+        ("paper", 1e-4, 4000),
+    ):
+        loaded = recipe.load(path, [f"extends+=_base/budget/{budget}"])
+        optim = recipe.to_config(loaded).optim
+        assert optim.min_lr == pytest.approx(min_lr)
+        assert optim.decay_steps == decay_steps
+
+
+@pytest.mark.parametrize(("budget", "tokens"), [("h100_5min", 5e9), ("cpu_minute", 3.7e6)])
+def test_a_budget_leaves_the_epochs_of_unique_data(budget: str, tokens: float) -> None:
+    """
+    Args:
+        tokens: of the whole data, which for cpu_minute are of Python's documentation and library.
+    """
+
+    def epochs(run: dict[str, Any], tokens: float) -> float:
+        train, data = run["train"], run["data"]
+        seen = train["steps"] * train["global_batch_size"] * run["model"]["seq_length"]
+        return float(seen / (tokens * data["unique_fraction"]))
+
+    name = "paper/data_distribution/unique_data.yaml"
+    whole, scaled = runs(name), runs(name, f"extends+=_base/budget/{budget}")
+    for label, run in whole.items():
+        assert epochs(scaled[label], tokens) == pytest.approx(epochs(run, 5e9), rel=0.05)
 
 
 @pytest.mark.parametrize(

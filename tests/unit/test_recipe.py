@@ -243,5 +243,7 @@ def test_scale_changes_a_recipe_and_its_sweep_in_proportion(write: Write) -> Non
     write("again.yaml", recipe.dump(configs["base"]))
     assert recipe.to_config(recipe.load("again")) == configs["base"]
     assert recipe.load("small", ["extends+=budget", "train.steps=7"]).values["train"]["steps"] == 7
-    # A smaller share of a whole number is at least 1; a later layer replaces a factor.
+    # A smaller share of a whole number is at least 1, and nothing is none; a later layer replaces a factor.
     assert recipe.load("small", ["extends+=budget", "scale.train.steps=1e-6"]).values["train"]["steps"] == 1
+    write("zero.yaml", "extends: [small, budget]\noptim: {min_lr: 0}\nscale: {optim.min_lr: 10}\n")
+    assert recipe.load("zero").values["optim"]["min_lr"] == 0
