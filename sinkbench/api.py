@@ -286,7 +286,7 @@ class AttentionSpec:
             added to the output of each head.
         output_gate: factor on the output of each head, after the bias.
         combine: "concat" projects the concatenated heads; "sum" adds them and projects the sum.
-        sink_token: a learned token stands before every sequence, at position 0.
+        sink_token: a learned token stands before every sequence, at position 0: a window may leave it out.
     """
 
     rule: WeightRule

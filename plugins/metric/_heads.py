@@ -75,7 +75,9 @@ def _pair_means(query_bhsd: Tensor, key_bhsd: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class HeadOutput:
-    """L2 norm of what each head adds before the output projection, A V, by position.
+    """L2 norm of A V by position, of each head's weighted sum of the tokens' values. What else a head may
+    have before the output projection is not in it: the value of an extra slot or of a sink token, an output
+    bias (``kv_bias: v``), a gate.
 
     Floats:
         head_output_norm: mean over positions, heads, layers and sequences.
@@ -86,8 +88,7 @@ class HeadOutput:
     """
 
     def observe(self, capture: LayerCapture) -> Observation:
-        """Reduce to the norm at the first position and the mean of the others [b, h]. The value of an
-        extra slot is not in them.
+        """Reduce to the norm at the first position and the mean of the others [b, h].
 
         Raises:
             PluginError: the sequences have only one token.
