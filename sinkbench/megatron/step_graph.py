@@ -181,11 +181,16 @@ class StepGraphs:
 
 
 class CudaRecorder:
-    """Captures functions into CUDA graphs that share their memory, as they never run at once."""
+    """Captures functions into CUDA graphs that share their memory, as they never run at once.
 
-    def __init__(self) -> None:
+    Args:
+        alone: there is no communication in them. Only then do their fills become kernels, as graphs with
+            NCCL's have not been tried so.
+    """
+
+    def __init__(self, *, alone: bool) -> None:
         self._pool: Any = None
-        self._driver = graph_fills.driver()
+        self._driver = graph_fills.driver() if alone else None
         self._stream = torch.cuda.Stream()
 
     @contextmanager

@@ -67,7 +67,7 @@ class Engine:
         self._transformer = copy.copy(self.networks[0].config)
         self._transformer.hidden_size = self.networks[0].sent_size
         self.graphs: StepGraphs | None = None
-        recorder = CudaRecorder() if step_graph.wanted(config, layout) else None
+        recorder = CudaRecorder(alone=layout.world_size == 1) if step_graph.wanted(config, layout) else None
         if recorder is not None:
             self.graphs = StepGraphs(self._pass, must=config.train.cuda_graph is True, record=recorder)
         with recorder.hooks() if recorder is not None else nullcontext():
