@@ -56,6 +56,22 @@ def test_the_ratio_on_a_cpu(run_distributed: RunDistributed) -> None:
     assert 0 < ratio < 100
 
 
+def rank_takes_turns(rank: int, world_size: int) -> list[tuple[str, list[float]]]:
+    from benchmarks import step_turns
+
+    few = ["--micro-batch", "1", "--micro-batches", "2", "--turns", "3", "--steps", "1"]
+    ways = step_turns.main(
+        ["--device", "cpu", "--tiny", *few, "--", "-room -fills", "train.fused=[]", "plain"]
+    )
+    return [(way.name, way.turns_s) for way in ways]
+
+
+def test_ways_by_turns(run_distributed: RunDistributed) -> None:
+    (found,) = run_distributed(1, rank_takes_turns)
+    assert [name for name, _ in found] == ["-room -fills", "train.fused=[]", "plain"]
+    assert all(len(turns) == 3 and min(turns) > 0 for _, turns in found)
+
+
 @pytest.mark.parametrize(("kernel", "kind"), [
     ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTT", "matmul"),
     ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel", "attention"),
