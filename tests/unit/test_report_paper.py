@@ -11,23 +11,24 @@ import yaml
 from rich.console import Console
 
 from sinkbench import cli, recipe
+from sinkbench.recipe import Recipe
 from sinkbench.recipe_files import list_recipes, shipped_root
 from sinkbench.report.paper import paper_table, read_results
 from sinkbench.report.runs import read_runs
 from tests.unit.run_folder import make_run
 
 
-def paper_runs() -> set[tuple[str, str]]:
-    """(name, label) of every run of recipes/paper."""
+def paper_runs() -> dict[tuple[str, str], Recipe]:
+    """Every run of recipes/paper by name and label."""
     root = shipped_root()
     assert root is not None
     names = [name for name in list_recipes(root) if name.startswith("paper/")]
     expanded = [run for name in names for run in recipe.expand(recipe.load(f"sinkbench:{name}"))]
-    return {(run.values["name"], run.values.get("label", "")) for run in expanded}
+    return {(run.values["name"], run.values.get("label", "")): run for run in expanded}
 
 
 def test_every_number_belongs_to_a_run() -> None:
-    known = paper_runs()
+    known = paper_runs().keys()
     named = {(name, label) for name, group in read_results().items() for label in group.runs}
     assert named <= known
     assert len(named) == 70
@@ -38,6 +39,16 @@ def test_every_number_belongs_to_a_run() -> None:
 
 def test_the_papers_default() -> None:
     assert read_results()["default"].runs[""] == {"sink_1_raw": 18.18, "loss": 3.73}
+
+
+def test_a_raw_rate_is_one_that_the_rows_allow() -> None:
+    """No weight of rows that sum to alpha exceeds alpha."""
+    configs = {key: recipe.to_config(run) for key, run in paper_runs().items()}
+    for name, group in read_results().items():
+        for label, numbers in group.runs.items():
+            config = configs[name, label]
+            if config.model.attention.params.get("alpha", 1) <= config.measure.eps:
+                assert not any(metric.endswith("_raw") for metric in numbers), (name, label)
 
 
 def run_of(tmp_path: Path, name: str, label: str | None, sink: float, loss: float) -> Path:
@@ -63,6 +74,7 @@ def test_directions_against_the_default_run(tmp_path: Path) -> None:
         run_of(tmp_path, "ffn", "ffn=geglu", 30.5, 4.005),
         run_of(tmp_path, "schedule", "cosine", 20.0, 3.8),
         run_of(tmp_path, "similarity", "sigmoid", 1.0, 3.9),
+        run_of(tmp_path, "softmax_scale", "alpha=0.2", 12.0, 4.0),
     ]
     lines = printed(runs)
     for line in (
@@ -73,6 +85,7 @@ def test_directions_against_the_default_run(tmp_path: Path) -> None:
         "schedule cosine sink_1_raw – 20.00 lower – 3.800 lower",  # noqa: RUF001
         "feed-forward block ffn=geglu sink_1_raw 17.86 30.50 same, agrees 3.73 4.005 same, agrees",
         "similarity sigmoid sink_1_proxy 0.44 1.00 lower, agrees 3.70 3.900 lower, agrees",
+        "softmax scale alpha=0.2 sink_1_proxy 9.41 12.00 lower, agrees 3.72 4.000 same, agrees",
         "similarity elu_normalized sink_1_raw diverged – – – – –",  # noqa: RUF001
         "feed-forward block ffn=relu sink_1_raw 16.90 – – 3.82 – –",  # noqa: RUF001
     ):
