@@ -516,8 +516,8 @@ class LayerCapture:
         weight_rows: (start, end) -> attention weights A of the queries start .. end - 1 (from 0) as the
             model used them, [b, h, end - start, k]; zero where masked. Whether they were kept or are
             computed when asked for depends on the length; ``weight_blocks`` works at any.
-        slot_bhq: weight of the extra slot or of the sink token, if the model has one; the sink token
-            is in none of the other tensors.
+        slot_bhq: weight of the extra slot and of the sink token together, if the model has one; the sink
+            token is in none of the other tensors.
         query_bhsd, key_bhsd, value_bhsd: after a head transform and rotary; keys and values one per kv head.
         input_bsn, output_bsn: the residual stream before and after the layer.
         batch: the probe batch (tokens_bs, and what the data source added).

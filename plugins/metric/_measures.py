@@ -93,7 +93,7 @@ class Sink:
         sink_total_4_raw, sink_total_4_proxy: the sum of Sink_1 to Sink_4, for each total asked for.
         importance_1_raw, importance_1_proxy: mean of alpha_1 itself.
         sink_slot, importance_slot: the same of the extra slot or the sink token, the paper's Sink_* and
-            alpha_*, where the model has one; its importance is its mean weight over all queries. They are raw
+            alpha_*, or of both together; its importance is its mean weight over all queries. They are raw
             alone, also where rows do not sum to 1.
         row_sum: mean sum of a row of A and the slot; where it is nearly 0, the proxy means nothing.
 

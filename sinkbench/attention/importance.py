@@ -23,6 +23,7 @@ def missing(spec: AttentionSpec, head_size: int) -> list[str]:
         "the package triton, which is not installed": not fused.is_installed(),
         "weights that need whole rows": not isinstance(spec.rule, Softmax | Elementwise),
         "a feature map": spec.feature_map is not None,
+        "an extra slot beside a sink token": spec.sink_token and spec.extra_slot is not None,
         f"a head size of {head_size}": not fused.head_size_fits(head_size),
     }
     return [what for what, wanted in lacks.items() if wanted] or fused.missing_function(spec.rule)
@@ -34,7 +35,7 @@ class WeightSums:
     Args:
         p: ``visible`` is not heeded; of one document.
         leading: so many positions come before the first token (1 with a sink token). They count as keys of
-            their rows, but are no rows or keys of the results.
+            their rows, but are no rows or keys of the results. Not together with an extra slot.
 
     Attributes:
         row_bhq: the sum of each row, that of the extra slot included.

@@ -96,6 +96,19 @@ def weights(problem: Problem) -> tuple[Tensor, Tensor | None]:
     return _weights(p, p.query_bhqd, p.position_q)
 
 
+def of_tokens(weight: Tensor, slot: Tensor | None, leading: int) -> tuple[Tensor, Tensor | None]:
+    """What ``weights`` gives, by tokens alone: the weights of their keys, and what the sink token and the
+    extra slot take of each row together; None where there is neither.
+
+    Args:
+        leading: keys before the first token: 1 with a sink token.
+    """
+    if not leading:
+        return weight, slot
+    first = weight[..., :leading].sum(-1)
+    return weight[..., leading:], first if slot is None else first + slot
+
+
 def attend(problem: Problem) -> Tensor:
     """O = A V. Returns [b, h, q, d] of the values' dtype."""
     p = mapped(problem)

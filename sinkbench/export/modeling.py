@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from sinkbench.attention.reference import rotation
+from sinkbench.attention.reference import of_tokens, rotation
 from sinkbench.export.configuration import SinkbenchConfig
 from sinkbench.export.declared import Declared, declare
 from sinkbench.export.layers import Attention, Layer, built, real_tokens
@@ -29,8 +29,8 @@ class SinkbenchOutput(CausalLMOutputWithPast):  # type: ignore[misc]
     """Beside what causal language models return, with ``output_attentions``:
 
     Attributes:
-        slot_attentions: of each layer the weights [b, h, q] of the extra slot or the sink token, which are
-            not in ``attentions``; None for models without either.
+        slot_attentions: of each layer the weights [b, h, q] of the extra slot and the sink token together,
+            which are not in ``attentions``; None for models without either.
     """
 
     slot_attentions: tuple[Tensor, ...] | None = None
@@ -90,8 +90,8 @@ class Decoder(nn.Module):
                 hidden, attention, slot, first_value = recomputed(layer.__call__, *arguments)
             else:
                 hidden, attention, slot, first_value = layer(*arguments)
-            if attention is not None and leading:
-                slot, attention = attention[:, :, :, 0], attention[:, :, :, 1:]
+            if attention is not None:
+                attention, slot = of_tokens(attention, slot, leading)
             attentions.append(attention)
             slots.append(slot)
         if self.norm is not None:

@@ -137,7 +137,7 @@ class LayerWeights:
 
     Args:
         problem: of this rank's heads, all positions.
-        leading: 1 with a sink token, whose weight is the slot's and which is no row or key otherwise.
+        leading: 1 with a sink token, whose weight is part of the slot's and which is no row or key otherwise.
         all_heads: [b, h, ...] of this rank's heads -> of all. Collective.
 
     Attributes:
@@ -179,8 +179,7 @@ class LayerWeights:
         problem = self._problem.in_float32()
         query, position = problem.query_bhqd[:, :, at], problem.position_q[at]
         rows = replace(problem, query_bhqd=query, position_q=position, aligned=False)
-        weights, slot = reference.weights(rows)
-        return (weights[..., 1:], weights[..., 0]) if self._leading else (weights, slot)
+        return reference.of_tokens(*reference.weights(rows), self._leading)
 
     def _slot(self, start: int, end: int) -> Tensor:
         slot = self._computed(start, end)[1]

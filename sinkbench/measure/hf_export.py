@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sinkbench.api import BLOCK_ELEMENTS
+from sinkbench.attention.reference import of_tokens
 
 if TYPE_CHECKING:
     from sinkbench.measure.hf_call import Watch
@@ -60,30 +61,29 @@ class ExportedCall:
 
     def rows(self, start: int, end: int) -> Tensor:
         """Weights of the queries start .. end - 1, float32 [b, h, q, k]."""
-        return self._weights(start, end)[0][..., self.leading :]
+        return self._weights(start, end)[0]
 
     def slot(self) -> Tensor | None:
-        """What the sink token or the extra slot takes of every row, [b, h, q]."""
+        """What the sink token and the extra slot take of every row together, [b, h, q]."""
         if not self.leading and self.problem.spec.extra_slot is None:
             return None
         batch, heads, length, _ = self.query_bhsd.shape
         step = max(1, BLOCK_ELEMENTS // (batch * heads * length))
-        parts = [self._weights(start, min(start + step, length)) for start in range(0, length, step)]
-        return torch.cat([rows[..., 0] if self.leading else slot for rows, slot in parts], -1)
+        parts = [self._weights(start, min(start + step, length))[1] for start in range(0, length, step)]
+        return torch.cat(parts, -1)
 
     def _weights(self, start: int, end: int) -> tuple[Tensor, Any]:
         at = slice(start + self.leading, end + self.leading)
         if self.whole is not None:
             rows, slot = self.whole
-            return rows[:, :, at], None if slot is None else slot[:, :, at]
-        return weights(
-            replace(
-                self.problem,
-                query_bhqd=self.problem.query_bhqd[:, :, at],
-                position_q=self.problem.position_q[at],
-                aligned=False,
-            )
+            return of_tokens(rows[:, :, at], None if slot is None else slot[:, :, at], self.leading)
+        problem = replace(
+            self.problem,
+            query_bhqd=self.problem.query_bhqd[:, :, at],
+            position_q=self.problem.position_q[at],
+            aligned=False,
         )
+        return of_tokens(*weights(problem), self.leading)
 
 
 def weights(problem: Any) -> tuple[Tensor, Tensor | None]:

@@ -43,6 +43,10 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "SinkbenchForCausalLM",
         (LLAMA, "model={attention: {name: softmax, sink_token: true}}", "loss={name: prefix_lm, prefix: 5}"),
     ),
+    "sink_token_slot": (
+        "SinkbenchForCausalLM",
+        (LLAMA, "model={attention: {name: softmax, sink_token: true, kv_bias: kv}}"),
+    ),
     "slot_window_t5": (
         "SinkbenchForCausalLM",
         (
@@ -92,6 +96,13 @@ def test_sink_of_the_export_is_that_of_the_run(name: str, exported: dict[str, Ex
     assert_same_metrics(exported[name].of_export, exported[name].of_run)
 
 
+def test_rows_hold_the_sink_token_and_the_slot(exported: dict[str, Exported]) -> None:
+    """Softmax's sum to 1, so that raw and proxy are the same."""
+    for found in (exported["sink_token_slot"].of_run, exported["sink_token_slot"].of_export):
+        assert found["row_sum"] == pytest.approx(1, abs=1e-5)
+        assert found["importance_1_raw"] == pytest.approx(found["importance_1_proxy"], rel=1e-5)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_back_to_a_checkpoint_is_bitwise(name: str, exported: dict[str, Exported], tmp_path: Path) -> None:
     assert_comes_back(exported[name], tmp_path / "back")
@@ -106,6 +117,7 @@ def test_slot_and_sink_token_have_weights_of_their_own(exported: dict[str, Expor
     slots = {name: one.found["slot"] for name, one in exported.items()}
     assert {name for name, slot in slots.items() if slot is not None} == {
         "sink_token_prefix",
+        "sink_token_slot",
         "slot_window_t5",
     }
     assert all(slot > 0 for slot in slots.values() if slot is not None)

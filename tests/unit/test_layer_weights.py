@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sinkbench.api import AttentionSpec, Elementwise, ExtraSlot, ParameterSpec, Softmax, WeightRule
+from sinkbench.attention import importance
 from sinkbench.attention.reference import Problem
 from sinkbench.measure import capture
 from sinkbench.measure.capture import LayerWeights
@@ -38,7 +39,7 @@ def problem(rule: WeightRule, *, slot: bool) -> Problem:
 @pytest.mark.parametrize(
     "rule", [Softmax(), Elementwise(function=torch.sigmoid, normalize=True)], ids=["softmax", "sigmoid"]
 )
-@pytest.mark.parametrize(("slot", "leading"), [(False, 0), (True, 0), (False, 1)])
+@pytest.mark.parametrize(("slot", "leading"), [(False, 0), (True, 0), (False, 1), (True, 1)])
 def test_rows_that_are_computed_are_those_that_are_held(
     rule: WeightRule, slot: bool, leading: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -56,3 +57,11 @@ def test_rows_that_are_computed_are_those_that_are_held(
         torch.testing.assert_close(computed.slot_bhq, held.slot_bhq, rtol=1e-6, atol=1e-7)
         row = held.rows(0, length).sum(-1) + held.slot_bhq
         torch.testing.assert_close(row, torch.ones_like(row))
+
+
+def test_the_kernel_leaves_an_extra_slot_beside_a_sink_token_to_blocks() -> None:
+    """Its sums of absolute values are of each by itself, and the slot's weight is of both."""
+    spec = problem(Softmax(), slot=True).spec
+    what = "an extra slot beside a sink token"
+    assert what not in importance.missing(spec, HEAD_SIZE)
+    assert what in importance.missing(replace(spec, sink_token=True), HEAD_SIZE)
