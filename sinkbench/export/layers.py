@@ -55,6 +55,25 @@ def real_tokens(mask_bk: Tensor | None, batch: int, queries: int, keys: int, dev
     return found
 
 
+def refuse_part_of_prefix(tokens: list[Tokens], prefix: int, leading: int) -> None:
+    """The first ``prefix`` tokens see one another, so they are computed together.
+
+    Args:
+        leading: positions before the first token: 1 with a sink token.
+
+    Raises:
+        ValueError: a cache ends within them, so that what it holds has not seen the new ones.
+    """
+    for t in tokens:
+        new = t.position_q.numel()
+        cached = t.position_k.numel() - new
+        if prefix and new and 0 < cached < leading + prefix:
+            raise ValueError(
+                f"the cache holds {cached - leading} of the first {prefix} tokens, which see one another; "
+                f"give all {prefix} in one call, or set use_cache=False"
+            )
+
+
 class Attention(nn.Module):
     """Projections, rotary embedding and cache around the declared attention."""
 

@@ -21,7 +21,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from sinkbench.attention.reference import of_tokens, rotation
 from sinkbench.export.configuration import SinkbenchConfig
 from sinkbench.export.declared import Declared, declare
-from sinkbench.export.layers import Attention, Layer, built, real_tokens
+from sinkbench.export.layers import Attention, Layer, built, real_tokens, refuse_part_of_prefix
+
+NO_LABEL = -100
+"""What transformers leaves out of a loss."""
 
 
 @dataclass
@@ -77,6 +80,7 @@ class Decoder(nn.Module):
                     position_bs = torch.cat([position_bs.new_zeros(len(position_bs), 1), position_bs], 1)
         batch, length = embedded_bsn.shape[:2]
         tokens = real_tokens(mask_bk, batch, length, past + length, embedded_bsn.device)
+        refuse_part_of_prefix(tokens, self.config.bidirectional_prefix, leading)
         if position_bs is None:
             position_bs = _positions(mask_bk, past, length, embedded_bsn.device)
         hidden, rotary = self._placed(embedded_bsn, position_bs)
@@ -197,7 +201,12 @@ class SinkbenchForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
 
         Args:
             attention_mask: [b, s], 1 for tokens and 0 for padding, those in the cache included.
+            labels: [b, s], the tokens, -100 where there is none to predict. Those of a prefix that sees
+                itself are not predicted.
             cache: what transformers calls ``past_key_values`` since 5.24.
+
+        Raises:
+            ValueError: arguments do not fit together; or a cache ends within a prefix that sees itself.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -214,11 +223,14 @@ class SinkbenchForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
             cache = DynamicCache()
         embedded = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         mask = None if attention_mask is None else attention_mask.bool()
+        past = cache.get_seq_length() if cache is not None else 0
         hidden, before, attentions, slots = self.model(embedded, mask, position_ids, cache, output_attentions)
         kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         logits = self.lm_head(kept)
         loss = None
         if labels is not None:
+            if config.bidirectional_prefix and not past:  # a cache holds the whole prefix
+                labels = self._predicted(labels, _positions(mask, 0, embedded.shape[1], labels.device))
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
         if output_hidden_states is None:
             output_hidden_states = config.output_hidden_states
@@ -232,3 +244,8 @@ class SinkbenchForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mi
         )
         as_tuple = return_dict is False or (return_dict is None and config.return_dict is False)
         return output.to_tuple() if as_tuple else output
+
+    def _predicted(self, labels_bs: Tensor, position_bs: Tensor) -> Tensor:
+        """The labels after a prefix whose positions see one another."""
+        seen_bs = position_bs[:, -labels_bs.shape[1] :] < self.config.bidirectional_prefix
+        return labels_bs.masked_fill(seen_bs, NO_LABEL)

@@ -60,6 +60,8 @@ def check(folder: Path) -> dict[str, Any]:
         "padding": padding(exact, tokens, whole),
         "cache": cached(exact, tokens, whole),
         "generate": generated(model, tokens),
+        "short": [part_of_prefix(model, tokens), short_prompt(exact, tokens)],
+        "loss": loss(exact, tokens),
     }
     try:
         fused = load(folder, attn_implementation="sdpa")
@@ -135,6 +137,44 @@ def generated(model: Any, tokens: torch.Tensor) -> bool:
         for row, keep in zip(prompts, mask, strict=True)
     ]
     return bool((together == without).all() and (together == torch.stack(alone)).all())
+
+
+def part_of_prefix(model: Any, tokens: torch.Tensor) -> str | None:
+    """What is said to a token after a cache of two, beside a sequence with more; None if nothing."""
+    batch, mask = tokens[:2, :7], torch.ones_like(tokens[:2, :7])
+    mask[1, :4] = 0
+    cache = model(batch[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+    try:
+        model(batch[:, -1:], attention_mask=mask, past_key_values=cache)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def short_prompt(model: Any, tokens: torch.Tensor) -> str | None:
+    """What is said to a prompt of two tokens; None if they are continued as without a cache."""
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    without = model.generate(tokens[:1, :2], use_cache=False, **options)
+    try:
+        found = model.generate(tokens[:1, :2], **options)
+    except ValueError as error:
+        return str(error)
+    assert torch.equal(found, without)
+    return None
+
+
+def loss(model: Any, tokens: torch.Tensor) -> float:
+    """The mean loss of tokens that no query before them sees, beside that of padded sequences."""
+    first = max(1, getattr(model.config, "bidirectional_prefix", 0))
+    log_p = model(tokens).logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    by_hand = -log_p[:, first - 1 :].mean()
+    padded = torch.cat([tokens[:, :3], tokens], 1)
+    mask, labels = torch.ones_like(padded), padded.clone()
+    mask[:, :3] = 0
+    labels[:, :4] = -100  # padding does not predict the first token
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    of_padded = model(padded, attention_mask=mask, position_ids=positions, labels=labels).loss
+    return max(difference(model(tokens, labels=tokens).loss, by_hand), difference(of_padded, by_hand))
 
 
 @torch.enable_grad()

@@ -264,6 +264,7 @@ def assert_computes_the_same(one: Exported) -> None:
         assert found["sdpa_padding"] < 1e-4
     assert found["saved_again"] == 0
     assert found["generate"]
+    assert found["loss"] < 1e-4
 
 
 def assert_comes_back(one: Exported, folder: Path) -> None:

@@ -113,6 +113,17 @@ def test_layout_of_the_checkpoint_does_not_matter(name: str, exported: dict[str,
     assert_layout_does_not_matter(exported[name])
 
 
+def test_a_prefix_is_not_read_in_parts(exported: dict[str, Exported]) -> None:
+    """What is cached would not have seen the rest."""
+    short = {name: one.found["short"] for name, one in exported.items()}
+    line = (
+        "the cache holds 2 of the first 5 tokens, which see one another; give all 5 in one call, or set "
+        "use_cache=False"
+    )
+    assert short.pop("sink_token_prefix") == [line, line]
+    assert all(found == [None, None] for found in short.values())
+
+
 def test_slot_and_sink_token_have_weights_of_their_own(exported: dict[str, Exported]) -> None:
     slots = {name: one.found["slot"] for name, one in exported.items()}
     assert {name for name, slot in slots.items() if slot is not None} == {
