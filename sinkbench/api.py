@@ -62,7 +62,7 @@ __all__ = [
     "hookimpl",
 ]
 
-API_VERSION = "1.2"
+API_VERSION = "1.3"
 """Version of this module. The second number grows when something is added, the first when something that
 plugins use is changed or taken away; that is announced by an ApiDeprecationWarning for one version before. A
 package names the version it was written for as an entry point: ``"1.0" = "sinkbench.api"`` in the group
@@ -576,6 +576,11 @@ class Forwards(Protocol):
     def length(self) -> int:
         """Tokens of a probe sequence."""
 
+    @property
+    def first_query(self) -> int:
+        """The first query, from 0, that does not see the token it predicts: p - 1 where the first p tokens
+        see one another (prefix LM). Losses of those before it belong in no mean."""
+
     def losses(
         self,
         *,
@@ -583,7 +588,8 @@ class Forwards(Protocol):
         linear_weight: Callable[[Tensor], Tensor] | None = None,
         linear_input: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Cross entropy in nats of every token but the first, float32 [b, s - 1], on the CPU.
+        """Cross entropy in nats of every token but the first, float32 [b, s - 1], on the CPU: of the token
+        that each query but the last predicts.
 
         Args:
             visible: (query positions, key positions), int64 from 0 and broadcastable -> bool: which of

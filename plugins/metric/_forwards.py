@@ -24,6 +24,20 @@ def perplexity(loss: Tensor) -> float:
     return math.exp(mean) if mean < 700 else math.inf
 
 
+def first_counted(model: Forwards, metric: str, dropped: int = 0) -> int:
+    """The first query, from 0, whose loss counts: none of the first ``dropped``, and one that does not see
+    what it predicts.
+
+    Raises:
+        PluginError: there is none.
+    """
+    first = max(dropped, model.first_query)
+    if model.length < first + 2:
+        problem = f"{model.length} tokens leave none to predict after the first {first + 1}"
+        raise PluginError(f"metric {metric}", problem, "measure longer sequences")
+    return first
+
+
 class StreamingPerplexity:
     """Perplexity with a key-value cache of fixed size, with and without the first tokens kept in it
     (StreamingLLM, Xiao et al. 2309.17453), over the tokens after the cache is full. What is not in the
@@ -62,11 +76,12 @@ class StreamingPerplexity:
         def streaming(query: Tensor, key: Tensor) -> Tensor:
             return (query - key < recent) | (key < self.first)
 
-        # losses[:, i] is of token i + 1, which query i predicts; query `cache` is the first to miss a key
+        # query `cache` is the first to miss a key
+        first = first_counted(model, "streaming_perplexity", cache)
         return {
-            "perplexity_full": perplexity(model.losses()[:, cache:]),
-            "perplexity_window": perplexity(model.losses(visible=window)[:, cache:]),
-            "perplexity_streaming": perplexity(model.losses(visible=streaming)[:, cache:]),
+            "perplexity_full": perplexity(model.losses()[:, first:]),
+            "perplexity_window": perplexity(model.losses(visible=window)[:, first:]),
+            "perplexity_streaming": perplexity(model.losses(visible=streaming)[:, first:]),
         }
 
 
@@ -87,15 +102,13 @@ class SinkCut:
         Raises:
             PluginError: no query is left to lose sight of them.
         """
-        if model.length < self.tokens + 2:
-            problem = f"{model.length} tokens leave none to predict after the first {self.tokens}"
-            raise PluginError("metric sink_cut", problem, "measure longer sequences")
+        first = first_counted(model, "sink_cut", self.tokens)
 
         def cut(query: Tensor, key: Tensor) -> Tensor:
             return (key >= self.tokens) | (query < self.tokens)
 
-        full = model.losses()[:, self.tokens :].mean().item()
-        without = model.losses(visible=cut)[:, self.tokens :].mean().item()
+        full = model.losses()[:, first:].mean().item()
+        without = model.losses(visible=cut)[:, first:].mean().item()
         return {"loss_full": full, "loss_without_sink": without, "loss_change_without_sink": without - full}
 
 
@@ -117,9 +130,14 @@ class W8A8:
     """
 
     def measure(self, model: Forwards) -> Result:
-        """Two forward passes."""
-        exact = perplexity(model.losses())
-        rounded = perplexity(model.losses(linear_weight=_weight, linear_input=_input))
+        """Two forward passes.
+
+        Raises:
+            PluginError: the sequences are a prefix that sees itself.
+        """
+        first = first_counted(model, "w8a8")
+        exact = perplexity(model.losses()[:, first:])
+        rounded = perplexity(model.losses(linear_weight=_weight, linear_input=_input)[:, first:])
         return {
             "perplexity_exact": exact,
             "perplexity_w8a8": rounded,

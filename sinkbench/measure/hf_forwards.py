@@ -16,7 +16,7 @@ from sinkbench.measure.hf_attention import watching
 from sinkbench.measure.hf_call import Visible, Watch
 from sinkbench.measure.hf_capture import decoder_layers
 from sinkbench.measure.hf_load import first_line
-from sinkbench.measure.next_token import most_sequences, next_token_losses
+from sinkbench.measure.next_token import first_query, most_sequences, next_token_losses
 
 LINEAR = ("Linear", "Conv1D", "FalconLinear")
 """Classes of linear maps; GPT-2's Conv1D is one with a transposed weight."""
@@ -40,6 +40,7 @@ class OpenForwards:
         self.tokens_bs = tokens_bs
         self.streaming = streaming
         vocabulary = model.config.get_text_config().vocab_size
+        self.first_query = first_query(getattr(model.config, "bidirectional_prefix", 0))
         self.batch_size = min(batch_size, most_sequences(tokens_bs.shape[1], vocabulary))
 
     @property

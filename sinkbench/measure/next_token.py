@@ -9,6 +9,11 @@ LOGIT_ELEMENTS = 2**27
 """Logits held at once, 512 MiB of them."""
 
 
+def first_query(prefix: int) -> int:
+    """As sinkbench.api.Forwards.first_query, of a model whose first ``prefix`` positions see one another."""
+    return max(0, prefix - 1)
+
+
 def most_sequences(length: int, vocab_size: int) -> int:
     """The most sequences whose logits may be held."""
     return max(1, LOGIT_ELEMENTS // (length * vocab_size))

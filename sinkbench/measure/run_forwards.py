@@ -14,7 +14,7 @@ from sinkbench.attention import reference
 from sinkbench.attention.reference import Problem
 from sinkbench.errors import DataError
 from sinkbench.measure.changed_linears import Change, change
-from sinkbench.measure.next_token import most_sequences, next_token_losses
+from sinkbench.measure.next_token import first_query, most_sequences, next_token_losses
 
 LINEAR = ("ColumnParallelLinear", "RowParallelLinear")
 """Classes of linear maps within the layers."""
@@ -30,12 +30,14 @@ class RunForwards:
         network: the whole model.
         tokens_bs: the probe sequences, on the model's device.
         vocab_size: of the logits.
+        prefix: of the loss plugin: the first so many positions see one another.
     """
 
-    def __init__(self, network: Any, tokens_bs: Tensor, vocab_size: int) -> None:
+    def __init__(self, network: Any, tokens_bs: Tensor, vocab_size: int, prefix: int = 0) -> None:
         self.network = network
         self.tokens_bs = tokens_bs
         self.vocab_size = vocab_size
+        self.first_query = first_query(prefix)
 
     @property
     def length(self) -> int:

@@ -81,7 +81,8 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         sequences = _sequences(config, checkpoint.folder, source, inputs, settings)
         probe = Probe(observing, sequences, SingleModel(networks, layout), declared.transforms)
         found = probe.by_metric() if observing else {}
-        forwards = RunForwards(networks[0], probe.tokens_bs, declared.context.vocab_size)
+        prefix = declared.loss.bidirectional_prefix
+        forwards = RunForwards(networks[0], probe.tokens_bs, declared.context.vocab_size, prefix)
         for name, metric in metrics.items():
             if hasattr(metric, "measure"):
                 found[name] = found.get(name, {}) | metric.measure(forwards)

@@ -26,6 +26,7 @@ class MadeUpForwards:
     """Stands for a model of which a metric asks losses: the fewer keys are visible, the higher they are."""
 
     length = 16
+    first_query = 0
 
     def losses(
         self,

@@ -39,7 +39,7 @@ def losses(
         (network,) = build_stages(config, declared, layout)
         state.load_weights([network], checkpoint)
         network.eval()
-        return ask(RunForwards(network, tokens, 1), network)
+        return ask(RunForwards(network, tokens, 1, declared.loss.bidirectional_prefix), network)
 
 
 def rank_compares(
@@ -103,3 +103,37 @@ def test_forward_passes_of_a_run(run_distributed: RunDistributed, tmp_path: Path
         metrics
     )
     assert metrics["perplexity_exact"] == pytest.approx(plain.mean().exp().item(), rel=1e-5)
+
+
+def rank_forwards_with_prefix(
+    rank: int, world_size: int, arguments: Sequence[str], checkpoint: Path, export: Path
+) -> list[Any]:
+    """Losses of the run and of its export, and the first queries that count."""
+    from sinkbench.export import to_hf
+    from sinkbench.measure.hf_forwards import OpenForwards
+    from sinkbench.measure.hf_load import Trust, find_place, open_model
+
+    to_hf.convert(checkpoint, export)
+    trust = Trust(code=True)
+    place = find_place(str(export), trust)
+    opened = open_model(place, device=torch.device("cpu"), dtype="float32", trust=trust)
+
+    def ask(forwards: Any, _: Any) -> list[Any]:
+        of_export = OpenForwards(opened.model, forwards.tokens_bs, batch_size=6, streaming=False)
+        return [forwards.losses(), of_export.losses(), forwards.first_query, of_export.first_query]
+
+    return losses(arguments, checkpoint, ask)
+
+
+def test_tokens_that_queries_see_do_not_count(run_distributed: RunDistributed, tmp_path: Path) -> None:
+    """Those of a prefix that sees itself: no query before them predicts them."""
+    pytest.importorskip("transformers")
+    arguments = (*TINY, "loss={name: prefix_lm, prefix: 5}")
+    run = train(run_distributed, tmp_path, arguments)
+    (found,) = run_distributed(1, rank_forwards_with_prefix, arguments, run.checkpoint(12), tmp_path / "out")
+    of_run, of_export, *first = found
+    assert first == [4, 4]
+    torch.testing.assert_close(of_run, of_export)
+    (metrics,) = run_distributed(1, rank_measures, run.folder)
+    assert metrics["perplexity_exact"] == pytest.approx(of_run[:, 4:].mean().exp().item(), rel=1e-5)
+    assert metrics["loss_full"] == pytest.approx(of_run[:, 4:].mean().item(), rel=1e-5)

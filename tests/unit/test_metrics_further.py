@@ -99,18 +99,28 @@ def test_outliers_of_known_distributions() -> None:
 
 
 class Recorded:
-    """Forward passes whose losses are given; keeps what it was asked for."""
+    """Forward passes whose losses are given; keeps what it was asked for.
 
-    def __init__(self, length: int, losses: list[float]) -> None:
+    Args:
+        start: queries before it have a loss that would show.
+        first_query: as in Forwards.
+    """
+
+    def __init__(self, length: int, losses: list[float], start: int = 0, first_query: int = 0) -> None:
         self.length = length
         self.given = iter(losses)
+        self.start = start
+        self.first_query = first_query
         self.asked: list[dict[str, Callable[..., Tensor]]] = []
 
     def losses(self, **changes: Callable[..., Tensor]) -> Tensor:
         self.asked.append(changes)
-        level = next(self.given)
-        # the positions before the ones that count have a loss that would show
-        return torch.full((2, self.length - 1), level)
+        """The level, which the first query that counts has too much of and the second too little."""
+        loss = torch.full((2, self.length - 1), next(self.given))
+        loss[:, : self.start] += 100
+        loss[:, self.start] += 0.5
+        loss[:, self.start + 1] -= 0.5
+        return loss
 
     def seen(self, call: int) -> list[list[int]]:
         """The keys that each query still sees."""
@@ -121,7 +131,7 @@ class Recorded:
 
 
 def test_streaming_perplexity_keeps_first_and_newest_tokens() -> None:
-    model = Recorded(8, [1.0, 2.0, 1.5])
+    model = Recorded(8, [1.0, 2.0, 1.5], start=4)
     found = build("streaming_perplexity", cache=4, first=2).measure(model)
     assert model.asked[0] == {}
     assert model.seen(1)[6] == [3, 4, 5, 6]
@@ -141,7 +151,7 @@ def test_streaming_needs_room(cache: int, first: int) -> None:
 
 
 def test_sink_cut_hides_the_first_tokens_from_later_queries() -> None:
-    model = Recorded(5, [1.0, 1.25])
+    model = Recorded(5, [1.0, 1.25], start=2)
     found = build("sink_cut", tokens=2).measure(model)
     assert model.seen(1) == [[0], [0, 1], [2], [2, 3], [2, 3, 4]]
     assert found == {"loss_full": 1.0, "loss_without_sink": 1.25, "loss_change_without_sink": 0.25}
@@ -164,6 +174,27 @@ def test_w8a8_rounds_weights_together_and_inputs_by_sequence() -> None:
 def test_perplexity_of_a_diverged_model_is_infinite() -> None:
     found = build("w8a8").measure(Recorded(4, [1.0, 1e6]))
     assert math.isinf(found["perplexity_w8a8"])
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "dropped", "expected"),
+    [
+        ("streaming_perplexity", {"cache": 4, "first": 2}, 4, {"full", "window", "streaming"}),
+        ("sink_cut", {"tokens": 2}, 2, {"full", "without_sink"}),
+        ("w8a8", {}, 0, {"exact", "w8a8"}),
+    ],
+)
+def test_tokens_that_queries_see_do_not_count(
+    name: str, params: dict[str, Any], dropped: int, expected: set[str]
+) -> None:
+    """Those of a prefix that sees itself."""
+    metric = build(name, **params)
+    for first in (1, 3, 6):
+        found = metric.measure(Recorded(12, [1.0] * 3, max(first, dropped), first))
+        level = {key.partition("_")[2]: x for key, x in found.items() if "change" not in key}
+        assert level == pytest.approx(dict.fromkeys(expected, 1.0 if name == "sink_cut" else math.e))
+    with pytest.raises(PluginError, match="12 tokens leave none to predict after the first 12; measure longer"):
+        metric.measure(Recorded(12, [], 0, 11))
 
 
 def test_tables_know_every_scalar_of_these_metrics() -> None:
