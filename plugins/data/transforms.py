@@ -10,6 +10,8 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from sinkbench.api import Batch, BuildContext, DataTransform, Params, Plugin, PluginError, hookimpl
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sinkbench.config import Config
 
 
@@ -47,7 +49,7 @@ def build_random_tokens(params: RandomTokensParams, context: BuildContext) -> Da
         tokens = batch["tokens"].clone()
         changed = slice(params.start - 1, params.end - 1)
         tokens[:, changed] = uniform_tokens(tokens, context.vocab_size, context.config.seed)[:, changed]
-        return batch | {"tokens": tokens}
+        return _with_tokens(batch, tokens)
 
     return DataTransform(transform=transform, on_probes=params.on_probes)
 
@@ -61,9 +63,14 @@ def build_fixed_token(params: FixedTokenParams, context: BuildContext) -> DataTr
     def transform(batch: Batch) -> Batch:
         tokens = batch["tokens"].clone()
         tokens[:, params.position - 1] = params.token
-        return batch | {"tokens": tokens}
+        return _with_tokens(batch, tokens)
 
     return DataTransform(transform=transform, on_probes=params.on_probes)
+
+
+def _with_tokens(batch: Batch, tokens: Tensor) -> Batch:
+    """Without the marks of trigger tokens, which were those of the tokens before."""
+    return {name: x for name, x in batch.items() if name != "trigger"} | {"tokens": tokens}
 
 
 def check_random_tokens(params: RandomTokensParams, config: Config) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from sinkbench.api import LayerCapture, Observation
@@ -20,7 +21,7 @@ class MassiveActivations:
     after a layer (Sun et al. 2402.17762: above 100 and about 1000 times the median).
 
     Floats:
-        massive_activations: percent of sequences and layers that have one.
+        massive_activations: percent of sequences and layers that have one; NaN for a diverged model.
         massive_activation_top, massive_activation_median: largest |h| of any layer, mean over
             sequences, and the median |h| of that layer.
 
@@ -36,24 +37,25 @@ class MassiveActivations:
         self.relative = relative
 
     def observe(self, capture: LayerCapture) -> Observation:
-        """Reduce to top and median [b], and whether a dimension [b, n] and a position [b, s] has one."""
+        """Reduce to top and median [b], and whether the sequence [b] (NaN if it holds NaN), a dimension
+        [b, n] and a position [b, s] has one."""
         size_bsn = capture.output_bsn.float().abs()
-        flat_b = size_bsn.flatten(1)
-        median_b = _median(flat_b)
+        flat_bx = size_bsn.flatten(1)
+        top_b, median_b = flat_bx.amax(dim=1), _median(flat_bx)
         massive_bsn = (size_bsn > self.absolute) & (size_bsn >= self.relative * median_b[:, None, None])
         return {
-            "top": flat_b.amax(dim=1),
+            "top": top_b,
             "median": median_b,
             "dimensions": massive_bsn.any(dim=1),
             "positions": massive_bsn.any(dim=2)[:, :POSITIONS_KEPT],
-            "any": massive_bsn.flatten(1).any(dim=1),
+            "any": torch.where(top_b.isnan(), top_b, massive_bsn.flatten(1).any(dim=1).float()),
         }
 
     def result(self, layers: Sequence[Observation]) -> Result:
         """Means over sequences."""
         top_l = stacked(layers, "top").mean(dim=1)
         median_l = stacked(layers, "median").mean(dim=1)
-        percent_l = 100 * stacked(layers, "any").float().mean(dim=1)
+        percent_l = 100 * stacked(layers, "any").mean(dim=1)
         highest = int(top_l.argmax())
         return {
             "massive_activations": percent_l.mean().item(),

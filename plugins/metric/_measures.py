@@ -246,8 +246,9 @@ class Trigger:
         if "trigger" not in capture.batch:
             raise PluginError(
                 "metric trigger",
-                "the data source marks no trigger tokens",
-                "set data.source to bigram_backcopy, or drop trigger from measure.metrics",
+                "these sequences do not mark trigger tokens, as natural ones of bigram_backcopy do that no "
+                "transform has changed",
+                "name others with --metrics, or drop it from measure.metrics",
             )
         first_bhq = torch.cat([block[..., 0] for _, block in capture.weight_blocks()], dim=-1)
         first_bhq = first_bhq[..., 1:].float()

@@ -90,6 +90,19 @@ def test_massive_activations_are_found_where_they_are() -> None:
     assert max(found["massive_activation_top_layers"]) == found["massive_activation_top"]
 
 
+def test_a_diverged_model_has_no_rate_of_massive_activations() -> None:
+    layers = captures()
+    hidden = layers[1].output_bsn.clone()
+    hidden[0, 3, 1] = math.nan
+    layers[1] = changed(layers[1], output_bsn=hidden)
+    found = measure(build("massive_activations"), layers)
+    assert math.isnan(found["massive_activations"])
+    assert math.isnan(found["massive_activation_top"])
+    first, second, third = found["massive_activations_layers"]
+    assert (first, third) == (0, 0), "the other layers are still known"
+    assert math.isnan(second)
+
+
 def test_outliers_of_known_distributions() -> None:
     signs = torch.ones(SEQUENCES, LENGTH, 8)
     signs[..., ::2] = -1
@@ -193,7 +206,7 @@ def test_tokens_that_queries_see_do_not_count(
         found = metric.measure(Recorded(12, [1.0] * 3, max(first, dropped), first))
         level = {key.partition("_")[2]: x for key, x in found.items() if "change" not in key}
         assert level == pytest.approx(dict.fromkeys(expected, 1.0 if name == "sink_cut" else math.e))
-    with pytest.raises(PluginError, match="12 tokens leave none to predict after the first 12; measure longer"):
+    with pytest.raises(PluginError, match="12 tokens leave none to predict after the first 12; measure"):
         metric.measure(Recorded(12, [], 0, 11))
 
 

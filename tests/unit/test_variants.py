@@ -471,6 +471,15 @@ def test_fixed_token(index: PluginIndex) -> None:
     assert spec.on_probes
 
 
+@pytest.mark.parametrize("name", ["fixed_token", "random_tokens"])
+def test_changed_tokens_have_no_marks_of_triggers(index: PluginIndex, name: str) -> None:
+    """Which would be those of the tokens that were there."""
+    spec: DataTransform = build(index, "data_transform", name)
+    tokens, mask = torch.zeros(2, 6, dtype=torch.int64), torch.ones(2, 6, dtype=torch.bool)
+    changed = spec.transform({"tokens": tokens, "trigger": mask, "loss_mask": mask})
+    assert changed.keys() == {"tokens", "loss_mask"}
+
+
 def test_random_tokens(index: PluginIndex) -> None:
     spec: DataTransform = build(index, "data_transform", "random_tokens", start=2, end=4)
     assert not spec.on_probes
