@@ -17,7 +17,7 @@ from sinkbench.batching import data_parallel_size, micro_batch_size
 from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import Config
 from sinkbench.data import run_tokenizer
-from sinkbench.errors import HostError
+from sinkbench.errors import CheckpointError, HostError
 from sinkbench.flops import parameters, vocab_size
 from sinkbench.run_folder import folder_of, refuse_other_recipe
 from sinkbench.stopping import START_TIMEOUT
@@ -94,7 +94,7 @@ def check_host(config: Config) -> None:
     run_tokenizer.refuse_other(config, folder)
     start = config.checkpoint.start_from
     if start is not None and not CheckpointStore(folder / "checkpoints").steps():
-        open_checkpoint(Path(start).expanduser())
+        _check_start(Path(start).expanduser())
     data_size = data_parallel_size(config.parallel, int(os.environ.get("WORLD_SIZE", "1")))
     micro_batch = micro_batch_size(config, data_size)
     on_card = config.train.device != "cpu" and (config.train.device == "cuda" or _CUDA_DEVICE.exists())
@@ -103,6 +103,13 @@ def check_host(config: Config) -> None:
         _check_weights(config)
         _check_activations(config, micro_batch)
         _check_batch(config, config.train.global_batch_size // data_size)
+
+
+def _check_start(folder: Path) -> None:
+    if not folder.is_dir():
+        remedy = "train the run that it is of, or name another folder checkpoints/step_N"
+        raise CheckpointError("checkpoint.start_from", f"there is no checkpoint {folder}", remedy)
+    open_checkpoint(folder)
 
 
 def _check_writable(folder: Path) -> None:

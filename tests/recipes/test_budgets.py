@@ -51,6 +51,18 @@ def test_a_budget_leaves_the_variant(name: str, budget: str) -> None:
             assert after["train"]["global_batch_size"] < before["train"]["global_batch_size"]
 
 
+def test_instruction_tuning_starts_from_the_last_checkpoint_of_the_default_run() -> None:
+    (default,) = runs("paper/default.yaml").values()
+    last = f"{default['output_dir']}/{default['name']}/checkpoints/step_{default['train']['steps']}"
+    tuned = runs("paper/instruction_tuning/responses.yaml")
+    assert {label: run["checkpoint"]["start_from"] for label, run in tuned.items()} == {
+        "responses": last,
+        "all_tokens": last,
+    }
+    small = runs("paper/instruction_tuning/responses.yaml", "extends+=_base/budget/cpu_minute")
+    assert {run["checkpoint"]["start_from"] for run in small.values()} == {None}
+
+
 def test_the_papers_budget_takes_another_back() -> None:
     (small,) = runs("default_60m.yaml", "extends+=_base/budget/h100_5min").values()
     both = [f"extends+=_base/budget/{budget}" for budget in ("h100_5min", "paper")]

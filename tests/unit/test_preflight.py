@@ -93,7 +93,8 @@ def test_sizes_beyond_the_memory(
         (("train.micro_batch_size=5",), "train.micro_batch_size: 5 does not divide the 32 sequences of ..."),
         (
             ("checkpoint.start_from=gone",),
-            "gone: there is no such checkpoint; name a folder checkpoints/step_N",
+            "checkpoint.start_from: there is no checkpoint gone; train the run that it is of, or name "
+            "another folder checkpoints/step_N",
         ),
     ],
 )
