@@ -114,6 +114,60 @@ def test_a_budget_leaves_the_epochs_of_unique_data(budget: str, tokens: float) -
         assert epochs(scaled[label], tokens) == pytest.approx(epochs(run, 5e9), rel=0.05)
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "optim": {
+        "lr": 4e-4,
+        "min_lr": None,
+        "schedule": "constant",
+        "warmup_steps": 100,
+        "weight_decay": 0.1,
+        "weight_decay_on": "all",
+        "betas": [0.9, 0.95],
+        "eps": 1e-8,
+        "clip_grad": 1.0,
+    },
+    "train": {"steps": 20_000, "global_batch_size": 512, "precision": "bf16"},
+    "measure": {"eps": 0.3, "length": 64, "count": 100},
+    "model": {
+        "num_layers": 10,
+        "hidden_size": 768,
+        "num_attention_heads": 8,
+        "ffn_hidden_size": 1536,
+        "ffn": "swiglu",
+        "linear_bias": "none",
+        "tie_embeddings": False,
+        "init": "paper",
+        "seq_length": 2048,
+        "vocab_size": 50_432,
+        "num_query_groups": None,
+        "head_size": None,
+        "normalization": {"name": "rmsnorm", "eps": 1e-5},
+        "positional": {"name": "rope", "base": 10_000},
+        "parallel_residual": False,
+        "attention": {"name": "softmax"},
+    },
+    "loss": {"name": "causal_lm"},
+}
+"""Of the paper's default run (Gu et al. 2410.10781), by section."""
+LARGER = {"num_layers": 22, "hidden_size": 2048, "num_attention_heads": 16, "ffn_hidden_size": 5632}
+OF_1B = {"model": LARGER, "train": {"steps": 40_000}}
+OTHERS: dict[str, dict[str, dict[str, Any]]] = {
+    "default_60m": {},
+    "paper/default": {},
+    "default_1b": OF_1B,
+    "sigmoid_1b": OF_1B | {"model": LARGER | {"attention": {"name": "sigmoid", "normalize": False}}},
+}
+"""Recipe -> what else it says."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_numbers_of_the_paper(name: str) -> None:
+    (values,) = runs(f"{name}.yaml").values()
+    for section, settings in SETTINGS.items():
+        expected = settings | OTHERS[name].get(section, {})
+        assert {key: values[section][key] for key in expected} == expected
+
+
 @pytest.mark.parametrize(
     ("name", "parameters", "steps", "flops_per_token"),
     [
