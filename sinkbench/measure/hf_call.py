@@ -78,11 +78,9 @@ class AttentionCall:
         key = torch.arange(length, device=device)[None, None, None, :]
         return self.mask(sequence, sequence.new_zeros(()), query, key)
 
-    def slot(self) -> Tensor | None:
-        """What the learned sink takes of every row, [b, h, q]: the rest to 1."""
-        if self.sink_logit_h is None:
-            return None
-        return 1 - torch.cat([rows.sum(-1) for rows in self.blocks()], dim=-1)
+    def slot(self) -> None:
+        """None has a slot: a learned logit is no key, and its rows sum to less than 1, as those of a run with
+        ``sink_logit`` do."""
 
     def sums(self) -> WeightSums | None:
         """Sums of the weights by a kernel that never holds them; None if it cannot compute this attention."""

@@ -88,30 +88,26 @@ class Truth:
         self.key = torch.stack(keys)[:, :, ::copies].numpy()
         self.value = torch.stack(values)[:, :, ::copies].numpy()
 
-    def alpha(self, proxy: bool, slot: bool) -> np.ndarray:
+    def alpha(self, proxy: bool) -> np.ndarray:
         """[l, b, h, k]"""
         weights = self.weights
-        if proxy and not slot:
+        if proxy:
             weights = weights / (weights.sum(-1, keepdims=True) + 1e-8)
         alpha: np.ndarray = weights.sum(-2) / np.arange(LENGTH, 0, -1)
         return alpha
 
 
-def check_sink(found: dict[str, Any], truth: Truth, eps: float, slot: bool) -> None:
+def check_sink(found: dict[str, Any], truth: Truth, eps: float) -> None:
     for kind in ("raw", "proxy"):
-        alpha = truth.alpha(kind == "proxy", slot)
+        alpha = truth.alpha(kind == "proxy")
         np.testing.assert_allclose(found[f"importance_{kind}"], alpha.mean(1), atol=2e-6)
         for k in (1, 2):
             expected = 100 * (alpha[..., k - 1] > eps).mean()
             assert found[f"sink_{k}_{kind}"] == pytest.approx(expected, abs=1e-4)
         total = 100 * (alpha[..., :3] > eps).sum(-1).mean()
         assert found[f"sink_total_3_{kind}"] == pytest.approx(total, abs=1e-4)
-    assert ("sink_slot" in found) is slot
-    rest = 1 - truth.weights.sum(-1)
-    if slot:
-        np.testing.assert_allclose(found["importance_slot_heads"], rest.mean(-1).mean(1), atol=2e-6)
-        assert found["sink_slot"] == pytest.approx(100 * (rest.mean(-1) > eps).mean(), abs=1e-4)
-    assert found["row_sum"] == pytest.approx(1, abs=1e-6)
+    assert "sink_slot" not in found
+    assert found["row_sum"] == pytest.approx(truth.weights.sum(-1).mean(), abs=1e-6)
 
 
 def check_norms(found: dict[str, Any], truth: Truth) -> None:
@@ -151,10 +147,11 @@ def check_head_output(found: dict[str, Any], truth: Truth) -> None:
 def test_metrics_equal_those_of_what_transformers_returns(family: str) -> None:
     model = tiny_model(family.split("/")[0], ALL[family])
     truth = Truth(model)
-    eps = float(np.median(truth.alpha(proxy=False, slot=False)[..., 0]))
+    eps = float(np.median(truth.alpha(proxy=False)[..., 0]))
     sink = f"{{name: sink, k: [1, 2], eps: [{eps}], total: [3]}}"
     found = measured(model, metrics=(sink, *METRICS[1:]))
-    check_sink(found, truth, eps, slot=family == "gpt_oss")
+    check_sink(found, truth, eps)
+    assert (found["row_sum"] < 0.99) is (family == "gpt_oss"), "its learned logit is in the sum of its rows"
     check_norms(found, truth)
     check_activations(found, truth)
     check_head_output(found, truth)
