@@ -125,6 +125,9 @@ class W8A8:
     sequence (found on the sequence itself); embeddings, norms, attention products and the output head
     stay as they are. Massive activations stretch the scales, and what is small rounds to nothing.
 
+    A weight is a tensor of the model as it is measured. A run has queries, keys and values in one, and gate
+    with up, as GPT-NeoX has; LLaMA has a tensor for each, so that a run and its export differ.
+
     Floats:
         perplexity_exact, perplexity_w8a8, perplexity_change_w8a8.
     """
