@@ -110,7 +110,8 @@ class Plugin:
             the kind (AttentionSpec, NormalizationSpec, PositionalSpec, LossSpec, DataTransform, Metric).
         params: the pydantic model of the parameters.
         provides: capabilities such as "tp", "cp", "cpu" that others may require.
-        requires: capabilities that another part of the recipe must provide.
+        requires: capabilities that another part of the recipe must provide. "forward_passes" is provided by
+            ``sinkbench measure`` alone: for metrics that run the model again.
         check: returns the problems of a recipe that uses this plugin, one line each.
     """
 

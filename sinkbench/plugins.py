@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from sinkbench.config import Config, PluginRef
 from sinkbench.discovery import Broken, Package
 from sinkbench.errors import DEBUG, PluginError, RecipeError, SinkbenchError
 from sinkbench.explain import explain, nearest
+
+
+FORWARD_PASSES = "forward_passes"
+"""What a metric requires that makes forward passes of its own: ``sinkbench measure`` alone provides it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +143,20 @@ def discover() -> PluginIndex:
     return PluginIndex(found=tuple(found), broken=tuple(packages.broken), disabled=tuple(packages.disabled))
 
 
-def resolve(config: Config, index: PluginIndex, provenance: Mapping[str, str] | None = None) -> Resolved:
+def resolve(
+    config: Config,
+    index: PluginIndex,
+    provenance: Mapping[str, str] | None = None,
+    *,
+    provided: Collection[str] = (),
+) -> Resolved:
     """Find and check the plugins that a recipe names.
 
     Args:
         config: the validated recipe.
         index: from ``discover``.
         provenance: where the recipe's values came from, for errors.
+        provided: capabilities of what the plugins are for, beside their own.
 
     Raises:
         PluginError: a plugin is unknown or ambiguous, its parameters are wrong, or it does not fit
@@ -168,7 +179,7 @@ def resolve(config: Config, index: PluginIndex, provenance: Mapping[str, str] | 
         ),
         metrics=_metrics(config, index, places),
     )
-    _check_fit(tuple(resolved), config, index, places)
+    _check_fit(tuple(resolved), config, index, places, provided)
     return resolved
 
 
@@ -196,7 +207,7 @@ def resolve_metrics(config: Config, index: PluginIndex) -> tuple[Chosen, ...]:
         PluginError, RecipeError: as ``resolve``.
     """
     metrics = _metrics(config, index, {})
-    _check_fit(metrics, config, index, {})
+    _check_fit(metrics, config, index, {}, (FORWARD_PASSES,))
     return metrics
 
 
@@ -248,24 +259,39 @@ def _choose(index: PluginIndex, kind: str, path: str, ref: PluginRef, places: Ma
 
 
 def _check_fit(
-    resolved: Sequence[Chosen], config: Config, index: PluginIndex, places: Mapping[str, str]
+    resolved: Sequence[Chosen],
+    config: Config,
+    index: PluginIndex,
+    places: Mapping[str, str],
+    given: Collection[str],
 ) -> None:
     problems: list[str] = []
     for chosen in resolved:
         problems += [f"{chosen.path} {chosen.plugin.name}: {text}" for text in _problems(chosen, config)]
         provided = {p for other in resolved if other is not chosen for p in other.plugin.provides}
-        for capability in sorted(chosen.plugin.requires - provided):
+        for capability in sorted(chosen.plugin.requires - provided - set(given)):
+            if capability == FORWARD_PASSES:
+                problems.append(f"{chosen.path} {chosen.plugin.name}: {own_passes(chosen.plugin.name)}")
+                continue
             able = sorted({f.plugin.name for f in index.found if capability in f.plugin.provides})
             hint = f", which {', '.join(able)} would provide" if able else ""
             problems.append(f"{chosen.path} {chosen.plugin.name}: requires {capability!r}{hint}")
     if len(problems) == 1:
         where, _, text = problems[0].partition(": ")
         problem, _, remedy = text.partition("; ")
-        place = places.get(f"{where.split()[0]}.name")
-        raise PluginError(f"{place}: {where}" if place else where, problem, remedy or "change one of the two")
+        path, _, name = where.partition(" ")
+        raise PluginError(f"{_where(path, places)} {name}", problem, remedy or "change one of the two")
     if problems:
         text = ", ".join(f"({i}) {problem}" for i, problem in enumerate(problems, start=1))
         raise PluginError(f"recipe {config.name}", f"its parts do not fit: {text}", "change these")
+
+
+def own_passes(metric: str) -> str:
+    """What is wrong with such a metric in a run, and what to do."""
+    return (
+        f"the metric {metric} makes forward passes of its own, which training does not; "
+        f"leave it out, and give --metrics {metric} to sinkbench measure"
+    )
 
 
 def _problems(chosen: Chosen, config: Config) -> Sequence[str]:

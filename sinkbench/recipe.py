@@ -182,7 +182,8 @@ def origin(provenance: dict[str, str], key: str, problem: str = "") -> str | Non
         if part in named:
             return provenance[part]
     while key and key not in provenance:
-        key = re.sub(r"(\.[^.[]*|\[\d+\]|^[^.[]*)$", "", key)
+        shorter = re.sub(r"(\.[^.[]*|\[\d+\]|^[^.[]*)$", "", key)
+        key = shorter if shorter != key else ""  # no key, but a path or an override with brackets
     return provenance.get(key)
 
 

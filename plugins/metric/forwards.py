@@ -7,6 +7,9 @@ from pydantic import PositiveInt
 
 from sinkbench.api import BuildContext, ForwardMetric, Params, Plugin, hookimpl
 
+FORWARD_PASSES = frozenset({"forward_passes"})
+"""Only ``sinkbench measure`` makes them, no run."""
+
 
 class StreamingParams(Params):
     cache: PositiveInt | None = None
@@ -47,16 +50,19 @@ def sinkbench_metric() -> list[Plugin]:
             summary="perplexity with a small cache, with and without the first tokens (StreamingLLM)",
             params=StreamingParams,
             build=_build_streaming,
+            requires=FORWARD_PASSES,
         ),
         Plugin(
             name="sink_cut",
             summary="change of the loss when later queries do not see the first tokens",
             params=SinkCutParams,
             build=_build_sink_cut,
+            requires=FORWARD_PASSES,
         ),
         Plugin(
             name="w8a8",
             summary="change of perplexity under simulated 8-bit weights and activations",
             build=_build_w8a8,
+            requires=FORWARD_PASSES,
         ),
     ]

@@ -12,7 +12,7 @@ from sinkbench.api import Batch, BuildContext, DataTransform, Metric
 from sinkbench.errors import PluginError
 from sinkbench.measure.capture import Recorder
 from sinkbench.measure.observations import Values, merged
-from sinkbench.plugins import build
+from sinkbench.plugins import build, own_passes
 
 if TYPE_CHECKING:
     from sinkbench.megatron.parallel import Layout
@@ -40,9 +40,8 @@ def build_metrics(chosen: Sequence[Chosen], context: BuildContext) -> dict[str, 
     built: dict[str, Any] = {c.plugin.name: build(c, context) for c in chosen}
     for one in chosen:
         if not hasattr(built[one.plugin.name], "observe"):
-            problem = "needs forward passes of its own, which training does not make"
-            remedy = f"drop it, and give --metrics {one.plugin.name} to sinkbench measure"
-            raise PluginError(f"{one.path}: metric {one.plugin.name}", problem, remedy)
+            problem, _, remedy = own_passes(one.plugin.name).partition("; ")
+            raise PluginError(one.path, problem, remedy)
     return built
 
 

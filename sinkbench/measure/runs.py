@@ -64,7 +64,7 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         remedy = "leave it out: a run is trained without one"
         raise DataError(f"{target}: --bos", "is for open models", remedy)
     config = _for_one_process(checkpoint.recipe, settings)
-    resolved = plugins.resolve(config, plugins.discover())
+    resolved = plugins.resolve(config, plugins.discover(), provided={plugins.FORWARD_PASSES})
     own = inputs == "natural" and settings.prompts is None
     source = open_source(config if own else _without_probes(config))
     declared = declare(config, resolved, source.vocab_size)

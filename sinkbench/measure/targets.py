@@ -175,7 +175,7 @@ def _recipe_of_run(checkpoint: Checkpoint, settings: Settings) -> tuple[Config, 
     overrides = [f"measure.metrics=[{', '.join(settings.metrics)}]"] if settings.metrics else []
     try:
         config = recipe.to_config(recipe.load(checkpoint.recipe, overrides))
-        return config, tuple(plugins.resolve(config, plugins.discover()))
+        return config, tuple(plugins.resolve(config, plugins.discover(), provided={plugins.FORWARD_PASSES}))
     except SinkbenchError:
         return None
 

@@ -64,7 +64,7 @@ class Subject:
         return recipe.to_config(recipe.load(TINY, (*self.overrides, mine, *overrides)))
 
     def resolve(self, config: Config) -> Resolved:
-        return plugins.resolve(config, self._index())
+        return plugins.resolve(config, self._index(), provided={plugins.FORWARD_PASSES})
 
     def declare(self, *overrides: str) -> tuple[Config, Resolved, Declarations]:
         """The recipe, its plugins, and what they declare."""

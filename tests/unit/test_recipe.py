@@ -247,3 +247,8 @@ def test_scale_changes_a_recipe_and_its_sweep_in_proportion(write: Write) -> Non
     assert recipe.load("small", ["extends+=budget", "scale.train.steps=1e-6"]).values["train"]["steps"] == 1
     write("zero.yaml", "extends: [small, budget]\noptim: {min_lr: 0}\nscale: {optim.min_lr: 10}\n")
     assert recipe.load("zero").values["optim"]["min_lr"] == 0
+
+
+@pytest.mark.parametrize("where", ["measure.metrics[0]: metric w8a8", "data[1]b", "runs[a]", "a[b", "[]"])
+def test_what_is_no_key_has_no_origin(where: str) -> None:
+    assert recipe.origin({"data.train": "command line"}, where) is None
