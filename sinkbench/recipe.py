@@ -1,7 +1,8 @@
 """Recipes: YAML files that extend one another, overrides, and where every value came from.
 
 The order is defaults < extends from left to right < file < ``extends+=RECIPE`` < ``key.path=value``. Changing
-the name of a plugin, or the source of the data, replaces the whole block, since its parameters belong to it.
+the name of a plugin, or the source of the data, replaces the whole block, since its parameters belong to it;
+``data.train`` takes the place of ``data.prepare``, and the other way round.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sinkbench.config import MAX_NAME, Config, ModelConfig
 from sinkbench.errors import RecipeError, SinkbenchError
 from sinkbench.explain import explain, show
 from sinkbench.recipe_files import find
-from sinkbench.recipe_layers import BLOCKS, Layer, flatten, is_within, merge, nest
+from sinkbench.recipe_layers import BLOCKS, Layer, flatten, is_within, join, merge, nest
 from sinkbench.redaction import redact
 
 COMMAND_LINE = "command line"
@@ -136,10 +137,10 @@ def expand(recipe: Recipe) -> list[Recipe]:
     for run, run_places in zip(sets, places, strict=True):
         changes = Layer()
         for (key, value), place in zip(run.items(), run_places, strict=True):
-            merge(changes, nest(key, value, recipe.provenance.get(place, display(recipe.path))))
+            join(changes, nest(key, value, recipe.provenance.get(place, display(recipe.path))))
         recipe_scale.apply(changes, recipe.scale, kept=COMMAND_LINE)
         if "label" not in run:
-            merge(changes, nest("label", _label(run, keys), GENERATED))
+            join(changes, nest("label", _label(run, keys), GENERATED))
         layer = Layer(copy.deepcopy(recipe.values), dict(recipe.provenance))
         merge(layer, changes)
         runs.append(Recipe(recipe.path, layer.values, layer.origins))
@@ -264,7 +265,7 @@ def _overrides(overrides: Sequence[str]) -> Layer:
                 f"write it there, or {EXTENDS}RECIPE to lay one more over it",
             )
         parsed, _ = recipe_yaml.parse(value, COMMAND_LINE, key, lines=False)
-        merge(layer, nest(key, parsed, COMMAND_LINE))
+        join(layer, nest(key, parsed, COMMAND_LINE))
     return layer
 
 

@@ -15,6 +15,11 @@ BLOCKS = {
     "data": "source",
 }
 """Blocks that are replaced as a whole when the key that names them changes."""
+ALTERNATIVES = (
+    ("data.train", "data.prepare"),
+    ("data.prepare.tokenizer.path", "data.prepare.tokenizer.train_vocab_size"),
+)
+"""Keys of which a recipe has one: a layer that sets one takes the other away."""
 
 
 @dataclass
@@ -54,7 +59,33 @@ def _paths(value: Any, path: str) -> Iterator[str]:
 
 def merge(base: Layer, top: Layer) -> None:
     """Put a layer over another, in place."""
-    _merge_mapping(base.values, base.origins, top.values, top.origins, "")
+    for pair in ALTERNATIVES:
+        for key, other in (pair, pair[::-1]):
+            if _value(top, key) and not _value(top, other):
+                _drop(base, other)
+    join(base, top)
+
+
+def join(base: Layer, more: Layer) -> None:
+    """Add to a layer what is set at the same place, such as the next override, so that it takes away nothing
+    that is set there beside it."""
+    _merge_mapping(base.values, base.origins, more.values, more.origins, "")
+
+
+def _value(layer: Layer, key: str) -> Any:
+    value: Any = layer.values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _drop(layer: Layer, key: str) -> None:
+    section, _, last = key.rpartition(".")
+    parent = _value(layer, section)
+    if isinstance(parent, dict) and last in parent:
+        del parent[last]
+        for gone in [k for k in layer.origins if is_within(k, key)]:
+            del layer.origins[gone]
 
 
 def _merge_mapping(

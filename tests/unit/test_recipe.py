@@ -124,6 +124,23 @@ def test_another_data_source_replaces_the_data(write: Write) -> None:
     }
 
 
+def test_one_of_two_alternatives_takes_the_others_place(write: Write) -> None:
+    prepare = "{inputs: [texts], tokenizer: {train_vocab_size: 400}}"
+    write("p.yaml", f"extends: small\ndata: {{source: indexed, prepare: {prepare}}}\n")
+    loaded = recipe.load("p", ["data.train=mine"])
+    assert loaded.values["data"] == {"source": "indexed", "train": "mine"}
+    assert not any(key.startswith("data.prepare") for key in loaded.provenance)
+    given = recipe.load("p", ["data.prepare.tokenizer.path=mine.json"]).values["data"]["prepare"]
+    assert given == {"inputs": ["texts"], "tokenizer": {"path": "mine.json"}}
+
+    write("t.yaml", "extends: p\ndata: {train: [mine]}\nsweep: [{data.prepare: {inputs: [a]}}, {seed: 1}]\n")
+    prepared, trained = (run.values["data"] for run in recipe.expand(recipe.load("t")))
+    assert prepared == {"source": "indexed", "prepare": {"inputs": ["a"]}}
+    assert trained == {"source": "indexed", "train": ["mine"]}
+    with pytest.raises(RecipeError, match="give exactly one of train and prepare"):
+        recipe.to_config(recipe.load("p", ["data.train=mine", "data.prepare.text_field=a"]))
+
+
 def test_dumped_config_loads_back_equal(write: Write) -> None:
     overrides = ["model.attention={name: sigmoid, normalize: false}", "optim.betas=[0.9, 0.99]", "seed=3"]
     config = recipe.to_config(recipe.load("small", overrides))
