@@ -16,7 +16,6 @@ from sinkbench.discovery import Broken, Package
 from sinkbench.errors import DEBUG, PluginError, RecipeError, SinkbenchError
 from sinkbench.explain import explain, nearest
 
-
 FORWARD_PASSES = "forward_passes"
 """What a metric requires that makes forward passes of its own: ``sinkbench measure`` alone provides it."""
 

@@ -38,6 +38,7 @@ class Tokenizer(Protocol):
         files: what to copy to have it elsewhere, the main file first.
         vocab_size: one more than the largest token id.
         eos_id: the token that ends a document.
+        special_ids: of the tokens that stand for no text, that one among them.
         sha256: of the main file.
     """
 
@@ -45,6 +46,7 @@ class Tokenizer(Protocol):
     files: tuple[Path, ...]
     vocab_size: int
     eos_id: int
+    special_ids: frozenset[int]
     sha256: str
 
     @property
@@ -81,6 +83,9 @@ class SentencePieceTokenizer:
         if not proto or not self.vocab_size:
             raise DataError(str(path), "is an empty SentencePiece model", "give a trained .model file")
         self.eos_id = self._find_eos()
+        processor = self._processor
+        special = (i for i in range(self.vocab_size) if processor.is_control(i) or processor.is_unknown(i))
+        self.special_ids = frozenset({*special, self.eos_id})
         self.sha256 = file_sha256(path)
 
     def _find_eos(self) -> int:
@@ -128,6 +133,9 @@ class HuggingFaceTokenizer:
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size: int = 1 + max(vocabulary.values(), default=-1)
         self.eos_id = self._find_eos(vocabulary)
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = (number for number, token in added.items() if token.special)
+        self.special_ids = frozenset({*special, self.eos_id})
         self.sha256 = file_sha256(path)
 
     def _find_eos(self, vocabulary: dict[str, int]) -> int:

@@ -15,12 +15,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
 
 from sinkbench.errors import DataError, HostError
-from sinkbench.measure.inputs import Encode, Tokens
+from sinkbench.measure.inputs import Encode, Tokens, usable_tokens
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -132,9 +131,10 @@ class OpenModel:
         count = self.config.vocab_size
         if self._has_tokenizer():
             tokenizer = self.tokenizer()
-            special |= set(tokenizer.all_special_ids)
+            added = getattr(tokenizer, "added_tokens_decoder", {})
+            special |= {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
             count = min(count, len(tokenizer))  # the model's table is often padded
-        return np.array([token for token in range(count) if token not in special], dtype=np.int64)
+        return usable_tokens(count, special)
 
     def bos(self) -> int:
         """The beginning-of-sequence token.

@@ -6,7 +6,7 @@ import json
 import random
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -142,6 +142,11 @@ def prose(texts: Iterable[str]) -> Iterator[str]:
                 continue
             if not any(line.startswith((" ", "*", "+", "|", "-", ">>>", "...")) for line in lines):
                 yield re.sub(" +", " ", paragraph)
+
+
+def usable_tokens(count: int, special: Collection[int]) -> Tokens:
+    """The token ids that are drawn from: those below ``count`` but the special ones."""
+    return np.setdiff1d(np.arange(count), np.array([*special], dtype=np.int64))
 
 
 def random_tokens(usable: Tokens, *, length: int, count: int, seed: int) -> Tokens:

@@ -5,15 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from sinkbench import plugins, recipe
 from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore, open_checkpoint, verify_files
 from sinkbench.config import Config, ParallelConfig
-from sinkbench.data.run_tokenizer import find_tokenizer
-from sinkbench.data.source import Arrays, SequenceSource, open_source
+from sinkbench.data.run_tokenizer import find_kept, find_tokenizer
+from sinkbench.data.source import Arrays, open_source
+from sinkbench.data.tokenizer import Tokenizer
 from sinkbench.errors import CheckpointError, DataError
-from sinkbench.measure.inputs import Encode, Inputs, from_prompts, random_tokens, repeated_tokens
+from sinkbench.measure.inputs import (
+    Encode,
+    Inputs,
+    from_prompts,
+    random_tokens,
+    repeated_tokens,
+    usable_tokens,
+)
 from sinkbench.measure.observations import merged
 from sinkbench.measure.probe import Probe
 from sinkbench.measure.results import Result
@@ -65,9 +71,8 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         raise DataError(f"{target}: --bos", "is for open models", remedy)
     config = _for_one_process(checkpoint.recipe, settings)
     resolved = plugins.resolve(config, plugins.discover(), provided={plugins.FORWARD_PASSES})
-    own = inputs == "natural" and settings.prompts is None
-    source = open_source(config if own else _without_probes(config))
-    declared = declare(config, resolved, source.vocab_size)
+    vocab_size, sequences = _inputs(config, checkpoint.folder, inputs, settings)
+    declared = declare(config, resolved, vocab_size)
     from sinkbench.megatron import parallel
 
     with parallel.running(config) as layout:
@@ -78,7 +83,6 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         state.load_weights(networks, checkpoint.folder)
         metrics: dict[str, Any] = {c.plugin.name: build(c, declared.context) for c in resolved.metrics}
         observing = {name: metric for name, metric in metrics.items() if hasattr(metric, "observe")}
-        sequences = _sequences(config, checkpoint.folder, source, inputs, settings)
         probe = Probe(observing, sequences, SingleModel(networks, layout), declared.transforms)
         found = probe.by_metric() if observing else {}
         prefix = declared.loss.bidirectional_prefix
@@ -99,22 +103,25 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
     )
 
 
-def _sequences(
-    config: Config, checkpoint: Path, source: SequenceSource, inputs: Inputs, settings: Settings
-) -> Arrays:
+def _inputs(config: Config, checkpoint: Path, inputs: Inputs, settings: Settings) -> tuple[int, Arrays]:
+    """The size of the vocabulary of the run's data, and the probe sequences. The data are needed for held-out
+    sequences alone: for others the tokenizer is enough that the run keeps."""
     length, count = config.measure.length, config.measure.count
+    if inputs == "natural" and settings.prompts is None:
+        source = open_source(config)
+        return source.vocab_size, source.probe(count, length)
+    tokenizer = find_kept(checkpoint)
+    vocab_size = tokenizer.vocab_size if tokenizer else open_source(_without_probes(config)).vocab_size
     if settings.prompts is not None:
-        encode = _encoder(config, checkpoint)
-        return {"tokens": from_prompts(settings.prompts, encode, length=length, count=settings.count)}
-    if inputs == "natural":
-        return source.probe(count, length)
+        encode = _encoder(tokenizer or find_tokenizer(config, checkpoint))
+        tokens = from_prompts(settings.prompts, encode, length=length, count=settings.count)
+        return vocab_size, {"tokens": tokens}
     draw = random_tokens if inputs == "random" else repeated_tokens
-    usable = np.arange(source.vocab_size)
-    return {"tokens": draw(usable, length=length, count=count, seed=settings.seed)}
+    usable = usable_tokens(vocab_size, tokenizer.special_ids if tokenizer else ())
+    return vocab_size, {"tokens": draw(usable, length=length, count=count, seed=settings.seed)}
 
 
-def _encoder(config: Config, checkpoint: Path) -> Encode:
-    tokenizer = find_tokenizer(config, checkpoint)
+def _encoder(tokenizer: Tokenizer | None) -> Encode:
     if tokenizer is None:
         remedy = "leave it out: the run is measured on its own held-out data"
         raise DataError("--prompts", "the run's data are no text", remedy)

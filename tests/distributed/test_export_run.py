@@ -163,6 +163,18 @@ def test_the_export_has_the_sink_of_the_run(
     assert_same_metrics(streamed, of_run)
 
 
+@pytest.mark.usefixtures("no_data")
+def test_the_export_has_the_sink_of_the_run_on_random_tokens(
+    run_distributed: RunDistributed, text_run: Run, text_export: Path, tmp_path: Path
+) -> None:
+    """No special token is among them, and the run's data are not asked for."""
+    arguments = [str(text_run.folder), str(text_export), "--inputs", "random", "repeat"]
+    arguments += ["--metrics", "{name: sink, eps: [0.08, 0.5]}"]
+    ((*of_run, one, other),) = run_distributed(1, rank_measures, arguments, tmp_path / "found.json")
+    for export, run in zip((one, other), of_run, strict=True):
+        assert_same_metrics(export, run)
+
+
 def test_what_queries_see_of_an_export_is_restricted(
     run_distributed: RunDistributed, text_export: Path, tmp_path: Path
 ) -> None:
