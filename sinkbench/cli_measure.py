@@ -24,14 +24,18 @@ from sinkbench.redaction import redact
 
 LIST_SUFFIXES = (".yaml", ".yml")
 
-FILE_WIDTH = 200
-"""Of a table that goes to a file or a pipe, which would otherwise lose the columns beyond 80 characters."""
-
 
 def positive(text: str) -> int:
     """A count on the command line."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    """A seed on the command line."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
     return int(text)
 
 
@@ -47,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "target",
         nargs="+",
-        help="a run, one of its checkpoints, a Hugging Face folder, a .gguf file, a name on the hub, or a "
-        "list of models (.yaml)",
+        help="a run, one of its checkpoints, a sweep's folder of runs, a Hugging Face folder, a .gguf file, "
+        "a name on the hub, or a list of models (.yaml)",
     )
     what = parser.add_argument_group("what is measured")
     what.add_argument(
@@ -59,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--length", type=positive, help="tokens of a sequence (default: 64, or the recipe's)")
     what.add_argument("--count", type=positive, help="sequences (default: 100, or the recipe's)")
-    what.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: 0)")
+    what.add_argument("--seed", type=whole, default=0, help="of what is drawn at random (default: 0)")
     what.add_argument("--bos", action="store_true", help="put the beginning-of-sequence token in front")
     what.add_argument("--step", type=step, help="checkpoint of this step, or all (default: the last)")
     what.add_argument(
@@ -94,33 +98,39 @@ class Job:
 
     Attributes:
         name: in tables.
-        skip: errors for which it is left out, and the others are measured.
+        listed: it is of a list, from which models may be left out.
     """
 
     target: str
     name: str
     settings: Settings
-    skip: tuple[type[SinkbenchError], ...] = ()
+    listed: bool = False
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Measure, and print and write what was found.
 
     Raises:
-        SinkbenchError: a target cannot be measured, or a file cannot be written.
-        CheckpointError: after all is written, if checkpoints of ``--step all`` were left out.
+        SinkbenchError: the only target cannot be measured, or a file cannot be written; or, after all is
+            written, some of several targets, or all of a list's, were left out.
+        CheckpointError: the same of checkpoints of ``--step all``.
     """
     lists = [read_model_list(recipe_files.find(t)) for t in arguments.target if t.endswith(LIST_SUFFIXES)]
     jobs = list(_jobs(arguments, iter(lists)))
     _find(jobs)
+    _note_unused(jobs)
     kept = Finished(arguments.cache, again=arguments.again)
     results: list[Result] = []
     skipped: list[Skipped] = []
+    missing: list[Job] = []
     with _bars(len(jobs)) as bars:
         for job in jobs:
             try:
                 results += bars.measure(job, kept)
-            except job.skip as error:
+            except SinkbenchError as error:
+                if len(jobs) == 1 and not job.listed:
+                    raise
+                missing += [] if job.listed else [job]
                 reason = str(error).removeprefix(f"{job.target}: ")
                 skipped.append(Skipped(target=job.name, step=job.settings.step, reason=reason))
     _write(arguments, results, skipped)
@@ -132,15 +142,22 @@ def run(arguments: argparse.Namespace) -> None:
     if kept.taken:
         note = f"{kept.taken} of the results taken from {kept.folder}, where they were kept"
         print(f"sinkbench measure: {note}; --again measures anew", file=sys.stderr)
-    damaged = [str(one.step) for one in skipped if one.step is not None]
-    if damaged:
-        problem = f"checkpoints left out of --step all: {', '.join(damaged)}"
+    if arguments.step == "all" and missing:
+        problem = (
+            f"checkpoints left out of --step all: {', '.join(str(job.settings.step) for job in missing)}"
+        )
         raise CheckpointError("sinkbench measure", problem, "see the reasons above")
+    if missing or not results:
+        names = [job.name for job in missing or jobs]
+        raise SinkbenchError(
+            "sinkbench measure", f"not measured: {', '.join(names)}", "see the reasons above"
+        )
 
 
 def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator[Job]:
     from sinkbench.measure.targets import checkpoint_steps
 
+    inputs = tuple(dict.fromkeys(arguments.inputs or ("natural",)))
     common = Settings(
         prompts=arguments.prompts,
         length=arguments.length,
@@ -148,6 +165,7 @@ def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator
         seed=arguments.seed,
         bos=arguments.bos,
         metrics=tuple(arguments.metrics),
+        inputs=inputs,
         step=None if arguments.step == "all" else arguments.step,
         device=arguments.device,
         dtype=arguments.dtype,
@@ -156,9 +174,8 @@ def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator
         allow_pickle=arguments.allow_pickle,
         allow_code=arguments.allow_code,
     )
-    inputs = tuple(dict.fromkeys(arguments.inputs or ("natural",)))
-    for target in arguments.target:
-        settings = replace(common, inputs=inputs)
+    for target in _targets(arguments.target):
+        settings = common
         if target.endswith(LIST_SUFFIXES):
             models = next(lists)
             settings = replace(
@@ -168,13 +185,29 @@ def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator
                 count=arguments.count or models.count,
             )
             for model in models.models:
-                yield Job(target=model.target, name=model.name, settings=settings, skip=(SinkbenchError,))
+                yield Job(target=model.target, name=model.name, settings=settings, listed=True)
         elif arguments.step == "all":
             for number in checkpoint_steps(target):
-                one = replace(settings, step=number)
-                yield Job(target=target, name=target, settings=one, skip=(CheckpointError,))
+                yield Job(target=target, name=target, settings=replace(settings, step=number))
         else:
             yield Job(target=target, name=target, settings=settings)
+
+
+def _targets(named: Sequence[str]) -> Iterator[str]:
+    """The targets, with the runs of a sweep for its folder."""
+    from sinkbench.measure.targets import is_sweep
+
+    for target in named:
+        if not is_sweep(target):
+            yield target
+            continue
+        from sinkbench.report.runs import find_runs
+
+        started, waiting = find_runs([Path(target)])
+        yield from map(str, started)
+        if waiting:
+            left_out = ", ".join(map(str, waiting))
+            print(f"sinkbench measure: left out, not started: {left_out}", file=sys.stderr)
 
 
 def _find(jobs: Sequence[Job]) -> None:
@@ -185,9 +218,24 @@ def _find(jobs: Sequence[Job]) -> None:
     """
     from sinkbench.measure.targets import find_target
 
-    needed = {job.target: job.settings for job in jobs if SinkbenchError not in job.skip}
+    needed = {job.target: job.settings for job in jobs if not job.listed}
     for target, settings in needed.items():
         find_target(target, settings)
+
+
+def _note_unused(jobs: Sequence[Job]) -> None:
+    """Says which options do nothing to runs."""
+    from sinkbench.measure.targets import is_run
+
+    runs = list(dict.fromkeys(job.target for job in jobs if is_run(job.target)))
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in ("dtype", "batch_size", "attention")
+        if getattr(jobs[0].settings, name) != getattr(Settings, name)
+    ]
+    if runs and given:
+        note = f"{', '.join(given)}: for open models only, without effect on {', '.join(runs)}"
+        print(f"sinkbench measure: {note}", file=sys.stderr)
 
 
 class _Bars:
@@ -237,12 +285,10 @@ def _write(arguments: argparse.Namespace, results: Sequence[Result], skipped: Se
 
 
 def _print(results: Sequence[Result], lists: Sequence[ModelList], skipped: Sequence[Skipped]) -> None:
-    from sinkbench.report.table import measurement_table
+    from sinkbench.report.table import measurement_table, roomy_console
 
     published = {model.name: dict(model.published) for models in lists for model in models.models}
-    console = Console()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
+    console = roomy_console()
     if results:
         console.print(measurement_table(results, published))
     for models in lists:

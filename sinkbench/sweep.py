@@ -24,7 +24,7 @@ from sinkbench.config import Config
 from sinkbench.errors import STOPPED_EXIT_CODE, DataError, RecipeError
 from sinkbench.files import write_atomically
 from sinkbench.recipe import Recipe
-from sinkbench.report.table import comparison_table
+from sinkbench.report.table import comparison_table, roomy_console
 from sinkbench.run_folder import STOPPED, folder_of, refuse_other_recipe, write_json
 
 POLL_S = 0.2
@@ -302,10 +302,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
     """The main numbers of each run; labels only where they say more than the attention."""
     if all(row["label"] == row["attention"] for row in rows):
         rows = [{key: value for key, value in row.items() if key != "label"} for row in rows]
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160  # a file has room
-    console.print(comparison_table(rows))
+    roomy_console().print(comparison_table(rows))
 
 
 def _last_line(path: Path) -> dict[str, Any]:

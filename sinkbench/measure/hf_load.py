@@ -236,7 +236,11 @@ def find_place(target: str, trust: Trust) -> Place:
         return Place(target=target, folder=path)
     if path.exists():
         problem = "is neither a folder, a .gguf file nor a name on the hub"
-        raise DataError(target, problem, "give a run, a checkpoint, a model's folder or its name")
+        in_sweep = any(path.parent.glob("*/recipe.yaml"))
+        remedy = "give a run, a checkpoint, a model's folder or its name"
+        raise DataError(
+            target, problem, f"give {path.parent}, which stands for the runs in it" if in_sweep else remedy
+        )
     return Place(target=target, folder=_fetch(target, trust))
 
 

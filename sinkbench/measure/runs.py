@@ -97,7 +97,7 @@ def measure_run(target: str, checkpoint: Checkpoint, inputs: Inputs, settings: S
         count=len(sequences["tokens"]),
         bos=False,
         step=checkpoint.step,
-        texts=settings.prompts.name if settings.prompts is not None else None,
+        texts=settings.prompts.name if settings.prompts is not None and inputs == "natural" else None,
         seed=settings.seed,
         metrics=merged(found),
     )
@@ -112,7 +112,7 @@ def _inputs(config: Config, checkpoint: Path, inputs: Inputs, settings: Settings
         return source.vocab_size, source.probe(count, length)
     tokenizer = find_kept(checkpoint)
     vocab_size = tokenizer.vocab_size if tokenizer else open_source(_without_probes(config)).vocab_size
-    if settings.prompts is not None:
+    if inputs == "natural" and settings.prompts is not None:
         encode = _encoder(tokenizer or find_tokenizer(config, checkpoint))
         tokens = from_prompts(settings.prompts, encode, length=length, count=settings.count)
         return vocab_size, {"tokens": tokens}

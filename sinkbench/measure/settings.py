@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
-from sinkbench.errors import HostError, PluginError
+from sinkbench.errors import DataError, HostError, PluginError
 from sinkbench.measure.inputs import Inputs
 from sinkbench.plugins import refuse_repeated
 
@@ -28,7 +28,7 @@ class Settings:
 
     Attributes:
         inputs: kinds of token sequences; each gives a result.
-        prompts: file of natural text, one prompt a line; default: the running Python's documentation, for
+        prompts: file of the natural text, one prompt a line; default: the running Python's documentation, for
             a run held-out sequences of its data.
         length: tokens of a sequence, a beginning-of-sequence token among them; default: 64, for a run
             the recipe's.
@@ -48,6 +48,7 @@ class Settings:
     Raises:
         PluginError: one of the metrics is neither a name nor a mapping.
         RecipeError: a metric is given twice.
+        DataError: there are prompts, and no natural text is asked for.
     """
 
     inputs: tuple[Inputs, ...] = ("natural",)
@@ -66,6 +67,8 @@ class Settings:
     allow_code: bool = False
 
     def __post_init__(self) -> None:
+        if self.prompts is not None and "natural" not in self.inputs:
+            raise DataError("--prompts", "is natural text", "add natural to --inputs")
         refuse_repeated((f"--metrics {text}", _metric_name(text)) for text in self.metrics)
 
     @property

@@ -43,6 +43,12 @@ def is_run(target: str) -> bool:
     ) or folder.name.startswith("step_")
 
 
+def is_sweep(target: str) -> bool:
+    """Whether a target is the folder of a sweep's runs."""
+    folder = Path(target).expanduser()
+    return not is_run(target) and not (folder / "config.json").exists() and any(folder.glob("*/recipe.yaml"))
+
+
 def checkpoint_steps(target: str) -> list[int]:
     """The steps of a run's checkpoints, oldest first.
 
@@ -79,8 +85,6 @@ def measure_target(target: str, settings: Settings, kept: Finished, advance: Adv
     Raises:
         SinkbenchError: the target cannot be measured.
     """
-    if settings.prompts is not None and settings.inputs != ("natural",):
-        raise DataError("--prompts", "is natural text", "measure --inputs natural with it")
     yield from (_run if is_run(target) else _open)(target, settings, kept, advance)
 
 
@@ -202,8 +206,11 @@ def _key(
     if chosen is None:
         return None
     natural = kind == "natural"
-    what = replace(settings, inputs=(kind,), batch_size=None, allow_pickle=False, allow_code=False)
-    if natural and settings.prompts is not None and settings.prompts.is_file():
-        files = [*files, settings.prompts]
+    prompts = settings.prompts if natural else None
+    what = replace(
+        settings, inputs=(kind,), prompts=prompts, batch_size=None, allow_pickle=False, allow_code=False
+    )
+    if prompts is not None and prompts.is_file():
+        files = [*files, prompts]
     python = platform.python_version() if natural else ""
     return finished.key(files, chosen, python=python, **asdict(what))

@@ -45,9 +45,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _print_paper(paths: list[Path]) -> None:
-    from rich.console import Console
-
     from sinkbench.report.paper import paper_table, read_results
+    from sinkbench.report.table import narrowest, roomy_console
 
     runs = read_runs(find_runs(paths)[0]) if paths else []
-    Console().print(paper_table(runs, read_results()))
+    console = roomy_console()
+    made = paper_table(runs, read_results(), console.width)
+    console.width = max(console.width, narrowest(made))  # a narrow terminal folds lines: no column is lost
+    console.print(made)

@@ -73,9 +73,13 @@ def read_results() -> dict[str, Group]:
         raise DataError(str(path), f"cannot be read ({reason})", "install sinkbench again") from error
 
 
-def paper_table(runs: Sequence[Run], results: dict[str, Group]) -> Table:
+def paper_table(runs: Sequence[Run], results: dict[str, Group], room: int | None = None) -> Table:
     """Every result of the paper, with our number where a run was given, and whether both differ from the
-    default run in the same direction."""
+    default run in the same direction.
+
+    Args:
+        room: width that is available.
+    """
     ours = {(run.recipe["name"], run.recipe.get("label") or ""): _measured(run) for run in runs}
     unreported = {name: Group(factor=name, runs={}) for name, _ in ours if name not in results}
     rows: list[dict[str, Any]] = []
@@ -87,7 +91,7 @@ def paper_table(runs: Sequence[Run], results: dict[str, Group]) -> Table:
             numbers = Numbers(group.runs.get(label, {}), ours.get((name, label), {}))
             diverged = label in group.runs and not group.runs[label]
             rows += _rows(group.factor, label, numbers, None if (name, label) == base_key else base, diverged)
-    return table(COLUMNS, rows)
+    return table(COLUMNS, rows, room=room)
 
 
 def _measured(run: Run) -> dict[str, Number]:

@@ -27,6 +27,8 @@ COLUMNS = (
 MEASUREMENTS = "the files of --json and --csv"
 """Where all that was measured is."""
 
+FILE_WIDTH = 200
+"""Of a table that goes to a file or a pipe, which would otherwise lose the columns beyond 80 characters."""
 NAME_WIDTH = 16
 """Names are never folded below this."""
 TITLE_WIDTH = 10
@@ -141,6 +143,14 @@ def table(
     for row in rows:
         made.add_row(*(Text(column.cell(row)) for column in shown))  # Text: a label is no markup
     return made
+
+
+def roomy_console() -> Console:
+    """The standard output; as a file or pipe it has room for a table."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = FILE_WIDTH
+    return console
 
 
 def narrowest(made: Table) -> int:

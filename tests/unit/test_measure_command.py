@@ -397,6 +397,75 @@ def test_a_list_skips_what_cannot_be_had(folder: Path, run: Run, tmp_path: Path)
     assert "skipped Gone: there is no such folder here; give a run" in " ".join(out.split())
 
 
+def test_a_list_of_which_all_is_skipped_ends_with_2(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(f"source: A paper\nmodels: [{{name: Gone, target: {tmp_path / 'gone'}}}]\n")
+    code, out, err = run(path)
+    assert code == 2
+    assert "skipped Gone: " in out
+    assert err == "sinkbench measure: not measured: Gone; see the reasons above\n"
+
+
+def test_one_bad_target_leaves_the_results_of_the_others(folder: Path, run: Run, tmp_path: Path) -> None:
+    bad, out = damaged("cut-weights", folder, tmp_path), tmp_path / "out.json"
+    code, printed, err = run(bad, folder, "--inputs", "random", "--json", out)
+    assert code == 2
+    assert err == f"sinkbench measure: not measured: {bad}; see the reasons above\n"
+    assert f"skipped {bad}: " in printed
+    results = read(out, Results)
+    assert [result.target for result in results.results] == [str(folder)]
+    assert [one.target for one in results.skipped] == [str(bad)]
+
+
+def test_prompts_are_the_natural_text_among_other_inputs(folder: Path, run: Run, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.json"
+    prompts.write_text("\n".join(["some words of text " * 20] * 4))
+    assert run(folder, "--prompts", prompts, "--inputs", "random", "natural", "--json", out)[0] == 0
+    assert [result.texts for result in read(out, Results).results] == [None, "prompts.txt"]
+    code, _, err = run(folder, "--inputs", "random")
+    assert code == 0
+    assert "1 of the results taken from" in err  # prompts are no part of random tokens
+
+
+@pytest.fixture
+def measured_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of a sweep of two runs, of which a third has not started; measuring them is cheap."""
+    from sinkbench.checkpoint import CheckpointStore
+    from tests.unit.checkpoint_folder import save
+
+    def measure_run(target: str, checkpoint: Any, inputs: Any, settings: Any) -> Result:
+        return Result(target=target, inputs=inputs, length=12, count=3, bos=False, step=10, metrics={})
+
+    monkeypatch.setattr("sinkbench.measure.runs.measure_run", measure_run)
+    sweep = tmp_path / "runs" / "sw"
+    for name in ("a", "b", "c"):
+        (sweep / name).mkdir(parents=True)
+        (sweep / name / "recipe.yaml").write_text("name: sw\n")
+    for name in ("a", "b"):
+        (sweep / name / "metrics.jsonl").touch()
+        save(CheckpointStore(sweep / name / "checkpoints"), 10)
+    (sweep / "summary.json").write_text("[]")
+    return sweep
+
+
+def test_a_sweeps_folder_stands_for_its_runs(run: Run, measured_runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    code, _, err = run(measured_runs, "--json", out)
+    assert code == 0
+    assert [Path(one.target).name for one in read(out, Results).results] == ["a", "b"]
+    assert f"left out, not started: {measured_runs / 'c'}\n" in err
+    code, _, err = run(measured_runs / "a", measured_runs / "summary.json")
+    assert code == 2
+    assert err.endswith(f"; give {measured_runs}, which stands for the runs in it\n")
+
+
+def test_options_without_effect_on_runs_are_told(run: Run, measured_runs: Path) -> None:
+    code, _, err = run(measured_runs / "a", "--dtype", "float16", "--batch-size", "1")
+    assert code == 0
+    note = f"--dtype, --batch-size: for open models only, without effect on {measured_runs / 'a'}"
+    assert err == f"sinkbench measure: {note}\n"
+
+
 def test_texts_that_are_not_the_same_are_told(
     folder: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -548,7 +617,7 @@ def test_pickled_weights_are_read_when_allowed(folder: Path, run: Run, tmp_path:
     [
         (
             ["--prompts", "p.txt", "--inputs", "random"],
-            "--prompts: is natural text; measure --inputs natural",
+            "--prompts: is natural text; add natural to --inputs",
         ),
         (["--step", "3"], "--step: is of a run's checkpoint; leave it out"),
         (["--step", "all"], "is no run with checkpoints; leave out --step all"),
@@ -561,6 +630,7 @@ def test_pickled_weights_are_read_when_allowed(folder: Path, run: Run, tmp_path:
         (["--metrics", "{name: streaming_perplexity, cache: 12}"], "must exceed first (4) and be below"),
         (["--length", "1"], "norms compares the first token with the others"),
         (["--count", "0"], "'0' is not a whole number above 0"),
+        (["--seed", "-1"], "'-1' is not a whole number of at least 0"),
         (["--inputs", "noise"], "invalid choice: 'noise'"),
     ],
 )

@@ -13,7 +13,8 @@ from rich.console import Console
 from sinkbench import cli, recipe
 from sinkbench.recipe import Recipe
 from sinkbench.recipe_files import list_recipes, shipped_root
-from sinkbench.report.paper import paper_table, read_results
+from sinkbench.report import table
+from sinkbench.report.paper import COLUMNS, paper_table, read_results
 from sinkbench.report.runs import read_runs
 from tests.unit.run_folder import make_run
 
@@ -108,3 +109,18 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "18.18" in capsys.readouterr().out
     assert cli.main(["report"]) == 2
     assert capsys.readouterr().err == "sinkbench report: no run is named; give the folders of runs\n"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_column_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    if terminal:
+        monkeypatch.setattr(table, "Console", lambda: Console(force_terminal=True, width=80, no_color=True))
+    runs = [
+        run_of(tmp_path, "default", None, 30.0, 4.0),
+        run_of(tmp_path, "weight_decay", "weight_decay=2", 33.0, 3.9),
+    ]
+    assert cli.main(["report", "--paper", *map(str, runs), "-o", str(tmp_path / "report.html")]) == 0
+    assert capsys.readouterr().out.splitlines()[0].count("┳") + 1 == len(COLUMNS)
