@@ -143,15 +143,12 @@ def run(arguments: argparse.Namespace) -> None:
         note = f"{kept.taken} of the results taken from {kept.folder}, where they were kept"
         print(f"sinkbench measure: {note}; --again measures anew", file=sys.stderr)
     if arguments.step == "all" and missing:
-        problem = (
-            f"checkpoints left out of --step all: {', '.join(str(job.settings.step) for job in missing)}"
-        )
+        steps = ", ".join(str(job.settings.step) for job in missing)
+        problem = f"checkpoints left out of --step all: {steps}"
         raise CheckpointError("sinkbench measure", problem, "see the reasons above")
     if missing or not results:
-        names = [job.name for job in missing or jobs]
-        raise SinkbenchError(
-            "sinkbench measure", f"not measured: {', '.join(names)}", "see the reasons above"
-        )
+        names = ", ".join(job.name for job in missing or jobs)
+        raise SinkbenchError("sinkbench measure", f"not measured: {names}", "see the reasons above")
 
 
 def _jobs(arguments: argparse.Namespace, lists: Iterator[ModelList]) -> Iterator[Job]:
