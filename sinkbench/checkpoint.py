@@ -84,14 +84,24 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if steps := CheckpointStore(folder / "checkpoints").steps():
             remedy = f"name one of its checkpoints, as {folder / 'checkpoints' / f'step_{steps[-1]}'}"
             raise CheckpointError(str(folder), "is a run, not a checkpoint", remedy) from None
+        if (folder / "config.json").exists():
+            remedy = "convert it with tools/convert_from_hf.py, and name the folder that it writes"
+            raise CheckpointError(str(folder), "is a Hugging Face model, not a checkpoint", remedy) from None
         problem = f"{INFO} is missing, so it is not a complete checkpoint"
-        raise CheckpointError(str(folder), problem, USE_EARLIER) from None
+        raise CheckpointError(str(folder), problem, _instead(folder)) from None
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         problem = f"is damaged ({type(error).__name__}: {error})"
-        raise CheckpointError(str(path), problem, USE_EARLIER) from None
+        raise CheckpointError(str(path), problem, _instead(folder)) from None
     for name, file in checkpoint.files.items():
         _check_size(folder / name, file)
     return checkpoint
+
+
+def _instead(folder: Path) -> str:
+    """The remedy for a folder that is no checkpoint; it may hold anything, unless it is named as ours are."""
+    if _STEP.fullmatch(folder.name):
+        return USE_EARLIER
+    return "name a folder checkpoints/step_N, or one that convert_from_hf.py wrote"
 
 
 def _parse(folder: Path, info: dict[str, Any]) -> Checkpoint:

@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sinkbench import plugins
 from sinkbench.api import LayerCapture
 from sinkbench.config import Config
 from sinkbench.errors import DataError
 from sinkbench.measure import inputs as probe_inputs
+from sinkbench.measure.hf_attention import NOT_WATCHED, is_watched
 from sinkbench.measure.hf_capture import LayerWatcher
 from sinkbench.measure.hf_export import is_export
 from sinkbench.measure.hf_forwards import OpenForwards, faults_in_one_line, noting
@@ -80,6 +82,10 @@ def _sequences(opened: OpenModel, kind: Inputs, settings: Settings) -> tuple[Tok
     else:
         draw = probe_inputs.random_tokens if kind == "random" else probe_inputs.repeated_tokens
         tokens = draw(opened.usable_tokens(), length=length, count=count, seed=settings.seed)
+    largest, known = int(tokens.max()), opened.config.vocab_size
+    if largest >= known:
+        problem = f"its tokenizer gives token {largest}, the model's vocab_size is {known}"
+        raise DataError(opened.place.target, problem, "copy the model again, with its own tokenizer")
     if settings.bos:
         tokens = np.insert(tokens, 0, opened.bos(), axis=1)
     return tokens, texts
@@ -96,10 +102,8 @@ def _measure(
     def receive(capture: LayerCapture) -> None:
         # A look at the first query is enough to tell a model that sees the future, as only a prefix may.
         first = capture.layer == min(watcher.with_attention)
-        if first and not prefix and capture.weight_rows(0, 1)[..., 1:].any():
-            raise DataError(
-                opened.place.target, "its attention is not causal", "give a causal language model"
-            )
+        if first:
+            _check_first(opened, capture.weight_rows(0, 1), prefix=prefix)
         add(capture)
 
     of_metrics: list[Exception] = []
@@ -129,6 +133,19 @@ def _measure(
     return merged(found), opened.config.num_hidden_layers - len(watcher.with_attention)
 
 
+def _check_first(opened: OpenModel, weights: Tensor, *, prefix: int) -> None:
+    """
+    Args:
+        weights: [b, h, 1, k], of the first query in the first layer with attention.
+        prefix: tokens that see one another.
+    """
+    if weights.isnan().any():
+        problem = "its attention weights are not numbers"
+        raise DataError(opened.place.target, problem, "copy the model again, or give --dtype float32")
+    if not prefix and weights[..., 1:].any():
+        raise DataError(opened.place.target, "its attention is not causal", "give a causal language model")
+
+
 def build_metrics(opened: OpenModel, shape: tuple[int, ...], settings: Settings) -> dict[str, Any]:
     """The metrics of an open model by name, built as if a recipe of its sizes had asked for them.
 
@@ -144,6 +161,8 @@ def build_metrics(opened: OpenModel, shape: tuple[int, ...], settings: Settings)
 
 
 def _no_attention(opened: OpenModel) -> DataError:
+    if not is_watched(opened.model) and getattr(opened.config, "num_attention_heads", None):
+        return DataError(opened.place.target, *NOT_WATCHED)
     remedy = "give a model with attention layers"
     return DataError(opened.place.target, "no attention was found in its layers", remedy)
 

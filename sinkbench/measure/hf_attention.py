@@ -26,6 +26,11 @@ from sinkbench.measure.hf_fused import FUSED, watching_fused
 NAME = "sinkbench"
 """Of our attention and mask functions in transformers' registries."""
 
+NOT_WATCHED = (
+    "no attention of it goes through transformers' attention interface, so that none can be read",
+    "measure a model of another family",
+)
+
 _WATCH: ContextVar[Watch] = ContextVar("sinkbench_watch")
 
 
@@ -33,6 +38,12 @@ class _LazyMask(Tensor):
     """Goes through a model in the place of its [b, 1, q, k] mask, and only knows its rule."""
 
     rule: Mask
+
+
+def is_watched(model: PreTrainedModel) -> bool:
+    """Whether the model's attention goes through transformers' interface, or is watched in another way."""
+    fused = any(type(module).__name__ in FUSED for module in model.modules())
+    return bool(model._supports_attention_backend) or fused or is_export(model)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sinkbench.errors import DataError, SinkbenchError
 from sinkbench.measure.changed_linears import Change, change
-from sinkbench.measure.hf_attention import watching
+from sinkbench.measure.hf_attention import NOT_WATCHED, is_watched, watching
 from sinkbench.measure.hf_call import Visible, Watch
 from sinkbench.measure.hf_capture import decoder_layers
 from sinkbench.measure.hf_load import first_line
@@ -98,6 +98,8 @@ def faults_in_one_line(model: Any, *, streaming: bool, others: Collection[Except
         # torch has no class of its own for a host without memory
         if any(error is other for other in others) or "DefaultCPUAllocator" in str(error):
             raise
+        if streaming and not is_watched(model):
+            raise DataError(type(model).__name__, *NOT_WATCHED) from error
         problem = f"its forward pass fails ({type(error).__name__}: {first_line(error)})"
         remedy = "measure another model"
         if streaming:
@@ -131,10 +133,11 @@ def changed_linears(model: Any, weight: Change | None, inputs: Change | None) ->
     for name, module in decoder_layers(model).named_modules():
         if type(module).__name__ in LINEAR:
             handles += change(module, weight, inputs)
+        elif isinstance(module, nn.Conv1d):  # of a hybrid's other layers
+            continue
         elif any(p.dim() > 2 for p in module.parameters(recurse=False)):
-            raise DataError(
-                type(model).__name__, f"{name} holds experts in one tensor", "measure a model without experts"
-            )
+            problem = f"{name} holds experts in one tensor, whose maps cannot be changed"
+            raise DataError(type(model).__name__, problem, "leave w8a8 out of --metrics")
     try:
         yield
     finally:

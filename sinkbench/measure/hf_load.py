@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,11 @@ UNREAD = ("*consolidated.*", "*optimizer.pt", "*scheduler.pt", "*training_args.b
 """Files that are named like weights and are not read: copies in another layout, the state of a training."""
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
 """What a model needs beside its weights: configuration and tokenizer."""
+
+IN_LAYER = re.compile(r"\b(?:h|layers|blocks)\.(\d+)\.")
+"""In the name of a tensor: the number of its layer."""
+
+_log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,14 +73,27 @@ class Place:
         files = sorted(self.folder.glob("*.safetensors"))
         return files or sorted(p for p in self.folder.iterdir() if p.suffix in PICKLED)
 
+    @property
+    def absent(self) -> list[str]:
+        """Files of the index in use that are not here."""
+        for name in READ:
+            if (self.folder / name).is_file():
+                return []
+            listed = self._listed(name)
+            if any(file.is_file() for file in listed):
+                return [file.name for file in listed if not file.is_file()]
+        return []
+
     def _parts(self, name: str) -> list[Path]:
-        """The files of an index that are here; none if it is damaged, which transformers then tells."""
+        return [file for file in self._listed(name) if file.is_file()]
+
+    def _listed(self, name: str) -> list[Path]:
+        """The files of an index; none if it is damaged, which transformers then tells."""
         try:
             index = json.loads((self.folder / f"{name}.index.json").read_text(encoding="utf-8"))
-            files = [self.folder / part for part in sorted(set(index["weight_map"].values()))]
+            return [self.folder / part for part in sorted(set(index["weight_map"].values()))]
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return []
-        return [file for file in files if file.is_file()]
 
     @property
     def files(self) -> list[Path]:
@@ -295,6 +314,7 @@ def open_model(place: Place, *, device: torch.device, dtype: str, trust: Trust) 
         "local_files_only": True,
         "trust_remote_code": trust.code,
         "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # and refused below, where one is named
     }
     if place.gguf:
         arguments["gguf_file"] = place.gguf
@@ -304,14 +324,33 @@ def open_model(place: Place, *, device: torch.device, dtype: str, trust: Trust) 
         lambda: AutoModelForCausalLM.from_pretrained(place.folder, **arguments),
         place.target,
         "transformers cannot read it",
-        "give a causal language model",
+        "copy the model again, or measure another",
     )
+    _check_loaded(place, model, info)
+    model.to(device).eval()
+    return OpenModel(model=model, place=place, trust=trust)
+
+
+def _check_loaded(place: Place, model: Any, info: dict[str, Any]) -> None:
+    """
+    Args:
+        info: what transformers says of the weights.
+    """
+    other = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    if other:
+        asked = list(model.state_dict()[other[0]].shape)
+        problem = f"its {other[0]} is not of shape {asked}, which config.json tells"
+        raise DataError(place.target, problem, "copy the model again, config.json and weights")
     missing = sorted(info["missing_keys"])
     if missing:
         problem = f"{len(missing)} of its weights are missing ({missing[0]})"
         raise DataError(place.target, problem, "copy the model again")
-    model.to(device).eval()
-    return OpenModel(model=model, place=place, trust=trust)
+    layers = model.config.get_text_config().num_hidden_layers
+    of_layers = {name: IN_LAYER.search(name) for name in info["unexpected_keys"]}
+    more = sorted(name for name, found in of_layers.items() if found and int(found[1]) >= layers)
+    if more:
+        what = "%s: measured with %d layers, as config.json says, though its weights hold more (%s)"
+        _log.warning(what, place.target, layers, more[0])
 
 
 def _check_folder(place: Place, trust: Trust) -> None:
@@ -325,14 +364,24 @@ def _check_folder(place: Place, trust: Trust) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"is damaged ({type(error).__name__}: {first_line(error)})"
         raise DataError(str(path), problem, "copy the model again") from error
-    from transformers import CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, __version__
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if "auto_map" in config and model_type not in CONFIG_MAPPING and not trust.code:
         problem = f"model type {model_type} comes with code of its own, which is not run by default"
         raise DataError(place.target, problem, "read the code, then give --allow-code")
+    if "auto_map" not in config and model_type not in CONFIG_MAPPING:
+        problem = f"model type {model_type} is none that transformers {__version__} knows"
+        raise DataError(place.target, problem, "install a newer transformers, or measure another model")
     if config.get("is_encoder_decoder"):
         raise DataError(place.target, "is an encoder-decoder", "give a decoder-only language model")
+    if "auto_map" not in config and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        problem = f"model type {model_type} is no causal language model"
+        raise DataError(place.target, problem, "give a causal language model")
     weights = place.weights
+    if absent := place.absent:
+        problem = f"{len(absent)} of its files of weights are missing ({absent[0]})"
+        raise DataError(place.target, problem, "copy the model again")
     if not weights:
         raise DataError(place.target, "it holds no weights", "copy the model's .safetensors files too")
     pickled = [file.name for file in weights if file.suffix != ".safetensors"]  # an index may name both kinds

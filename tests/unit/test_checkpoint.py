@@ -196,3 +196,12 @@ def test_failpoints_count_and_know_their_rank(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(OSError, match="No space left"):
         failpoint("save.shard")
     failpoint("save.shard")
+
+
+def test_what_is_no_checkpoint_of_ours_is_not_to_be_deleted(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is missing, so .*; name a folder checkpoints/step_N, or"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    told = "is a Hugging Face model, not a checkpoint; convert it with tools/convert_from_hf.py"
+    with pytest.raises(CheckpointError, match=told):
+        open_checkpoint(tmp_path)

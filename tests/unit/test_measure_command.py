@@ -565,6 +565,26 @@ def damaged(name: str, folder: Path, tmp_path: Path) -> Path:
         (path / "model.py").write_text("raise SystemExit('code ran')")
     elif name == "unknown":
         config["model_type"] = "house_made"
+    elif name == "no-language-model":
+        config["model_type"] = "vit"
+    elif name == "missing-file":
+        index = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+        weights.rename(path / "model-1.safetensors")
+    elif name == "other-width":
+        config["hidden_size"] = 64
+    elif name == "nan":
+        from safetensors.torch import load_file, save_file
+
+        tensors = {key: tensor * float("nan") for key, tensor in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
+    elif name == "small-vocabulary":
+        from safetensors.torch import load_file, save_file
+
+        tables = {"model.embed_tokens.weight", "lm_head.weight"}
+        tensors = {key: t[:9].clone() if key in tables else t for key, t in load_file(weights).items()}
+        save_file(tensors, weights, {"format": "pt"})
+        config["vocab_size"] = 9
     elif name == "encoder-decoder":
         config["is_encoder_decoder"] = True
     if name not in ("no-config", "cut-config"):
@@ -580,10 +600,15 @@ def damaged(name: str, folder: Path, tmp_path: Path) -> Path:
         ("no-config", "it holds no config.json, so no model, nor a run or checkpoint"),
         ("cut-config", "config.json: is damaged (JSONDecodeError"),
         ("cut-weights", "transformers cannot read it (SafetensorError"),
+        ("missing-file", "1 of its files of weights are missing (model-2.safetensors); copy the model again"),
+        ("other-width", "its lm_head.weight is not of shape [61, 64], which config.json tells; copy the"),
+        ("nan", "its attention weights are not numbers; copy the model again, or give --dtype float32"),
+        ("small-vocabulary", "its tokenizer gives token 5"),
         ("no-tokenizer", "its tokenizer cannot be read"),
         ("missing-weights", "of its weights are missing (model.layers.2."),
         ("own-code", "model type house_made comes with code of its own, which is not run by default; read"),
-        ("unknown", "transformers cannot read it (ValueError"),
+        ("unknown", "knows; install a newer transformers, or measure another model"),
+        ("no-language-model", "model type vit is no causal language model; give a causal language model"),
         ("encoder-decoder", "is an encoder-decoder; give a decoder-only"),
     ],
 )
@@ -595,6 +620,20 @@ def test_models_that_are_wrong_are_one_line(
     assert not out
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_layers_beyond_those_of_the_configuration_are_told(
+    folder: Path, run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import shutil
+
+    path = tmp_path / "fewer"
+    shutil.copytree(folder, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    assert run(path)[0] == 0
+    told = "measured with 1 layers, as config.json says, though its weights hold more (model.layers.1.input"
+    assert told in caplog.text
 
 
 def test_pickled_weights_are_read_when_allowed(folder: Path, run: Run, tmp_path: Path) -> None:

@@ -285,8 +285,12 @@ def test_inputs_of_linear_maps_are_whole_sequences() -> None:
 
 
 def test_experts_in_one_tensor_cannot_be_quantised() -> None:
-    with pytest.raises(DataError, match="holds experts in one tensor"):
+    with pytest.raises(DataError, match=r"holds experts in one tensor, .*; leave w8a8 out"):
         measured(tiny_model("mixtral", FAMILIES["mixtral"]), metrics=("w8a8",))
+
+
+def test_convolutions_beside_attention_stay_as_they_are() -> None:
+    assert "perplexity_change_w8a8" in measured(tiny_model("lfm2", HYBRID), metrics=("w8a8",))
 
 
 def test_layers_without_attention_are_left_out_and_counted() -> None:
@@ -302,7 +306,7 @@ def test_layers_without_attention_are_left_out_and_counted() -> None:
 def test_models_that_cannot_be_measured_say_so() -> None:
     mamba = tiny_model("mamba", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2})
     mamba.config.num_attention_heads = 1
-    with pytest.raises(DataError, match="no attention was found in its layers"):
+    with pytest.raises(DataError, match="no attention of it goes through transformers' attention interface"):
         measured(mamba)
     bert = tiny_model("bert", SIZES)
     with pytest.raises(DataError, match="not causal"):
@@ -340,8 +344,14 @@ def test_models_without_attention_heads_say_so(family: str) -> None:
     ],
 )
 def test_families_that_work_on_their_mask_say_so(family: str, sizes: dict[str, Any], name: str) -> None:
-    with pytest.raises(DataError, match=f"{name}: its forward pass fails .*; give --attention whole") as info:
-        measured(tiny_model(family, sizes), attention="streaming")
+    model = tiny_model(family, sizes)
+    problem = r"its forward pass fails .*; give --attention whole"
+    if not model._supports_attention_backend:  # then whole weights cannot be had either
+        problem = "no attention of it goes through transformers' attention interface"
+        with pytest.raises(DataError, match=problem):
+            measured(model, attention="whole")
+    with pytest.raises(DataError, match=f"{name}: {problem}") as info:
+        measured(model, attention="streaming")
     assert info.value.__cause__ is not None
     assert "\n" not in str(info.value)
 
