@@ -10,6 +10,7 @@ from sinkbench.data.tokenizer import Tokenizer, copy_tokenizer
 from sinkbench.errors import DataError
 
 _CONFIG = "tokenizer_config.json"
+_CLASS = "PreTrainedTokenizerFast"
 _SPACE = "▁"
 """Stands for a space in the pieces of SentencePiece."""
 _REMEDY = "give a tokenizer.json with --tokenizer"
@@ -26,16 +27,33 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int) -> None
     else:
         copy_tokenizer(tokenizer, folder)
         if (folder / _CONFIG).exists():
+            _undo_transformers_5(folder / _CONFIG)
             return
         vocabulary = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         tokens = {"eos_token": _token(vocabulary, tokenizer.eos_id)}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": _CLASS,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
         **tokens,
     }
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(folder / _CONFIG, config)
+
+
+def _undo_transformers_5(path: Path) -> None:
+    """Writes what transformers 5 calls otherwise as both it and transformers 4 read it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("backend", None) is None:
+        return
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = _CLASS
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write(path, config)
+
+
+def _write(path: Path, config: dict[str, Any]) -> None:
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _token(vocabulary: dict[str, Any], number: int) -> str:

@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from sinkbench.data.tokenizer import load_tokenizer
 from sinkbench.errors import DataError
@@ -157,3 +158,19 @@ def test_unused_pieces_are_refused(tmp_path: Path) -> None:
     path.write_bytes(proto.SerializeToString())
     with pytest.raises(DataError, match=r"x.model: has unused pieces, so it cannot be converted; give"):
         write_tokenizer(load_tokenizer(path), tmp_path, 64)
+
+
+def test_what_transformers_5_wrote_is_readable_for_transformers_4(tmp_path: Path) -> None:
+    vocabulary = Tokenizer(WordLevel({"a": 0, "</s>": 1, "<x>": 2}, unk_token="a"))
+    vocabulary.save(str(tmp_path / "tokenizer.json"))
+    kept = {"eos_token": "</s>", "model_max_length": 64}
+    config = {
+        "backend": "tokenizers",
+        "tokenizer_class": "TokenizersBackend",
+        "extra_special_tokens": ["<x>"],
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | kept))
+    write_tokenizer(load_tokenizer(tmp_path), tmp_path / "out", 64)
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    now = {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<x>"]}
+    assert written == now | kept
