@@ -67,6 +67,16 @@ class FormatError(CheckpointError):
     """A checkpoint that is not damaged, but of a format that this version does not read."""
 
 
+def refuse_absent(target: Path) -> None:
+    """
+    Raises:
+        CheckpointError: there is no such folder of a run or checkpoint.
+    """
+    if not target.is_dir():
+        remedy = "give a run's folder or one of its checkpoints"
+        raise CheckpointError(str(target), "there is no such folder", remedy)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Reads what a checkpoint says of itself.
 

@@ -63,6 +63,24 @@ FolderPath = Annotated[str, Field(min_length=1), AfterValidator(_in_a_home)]
 """A path, in which ~ is the user's home."""
 
 
+MEGATRON_FIELDS = frozenset(
+    {
+        "cross_entropy_fusion_impl",
+        "cross_entropy_loss_fusion",
+        "defer_embedding_wgrad_compute",
+        "distribute_saved_activations",
+        "hidden_dropout",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "recompute_method",
+        "recompute_num_layers",
+        "tp_comm_overlap",
+        "wgrad_deferral_limit",
+    }
+)
+"""Fields of megatron's TransformerConfig that take effect here and that no section of the recipe owns."""
+
+
 Fusion = Literal["loss", "layer", "gradients", "optimizer", "communication"]
 FUSIONS: tuple[Fusion, ...] = ("loss", "layer", "gradients", "optimizer", "communication")
 

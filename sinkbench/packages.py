@@ -74,6 +74,9 @@ def check(config: Config, *, on_card: bool) -> None:
         HostError: a package that the recipe names is not installed, or not as a whole, there is no card for
             it, or it does not compute in the recipe's precision.
     """
+    if config.log.wandb is not None and find_spec("wandb") is None:
+        problem = "the package wandb is not installed"
+        raise HostError("log.wandb", problem, "pip install wandb, or remove log.wandb")
     for key, value, instead in asked_for(config):
         package = PACKAGES[value]
         if not is_installed(package):

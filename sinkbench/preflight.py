@@ -6,6 +6,7 @@ written, a checkpoint to start from that is not there, sizes that alone exceed t
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 from pathlib import Path
@@ -15,9 +16,10 @@ import psutil
 from sinkbench import packages
 from sinkbench.batching import data_parallel_size, micro_batch_size
 from sinkbench.checkpoint import CheckpointStore, open_checkpoint
-from sinkbench.config import Config
+from sinkbench.config import MEGATRON_FIELDS, Config
 from sinkbench.data import run_tokenizer
-from sinkbench.errors import CheckpointError, HostError
+from sinkbench.errors import CheckpointError, HostError, RecipeError
+from sinkbench.explain import all_keys, nearest
 from sinkbench.flops import parameters, vocab_size
 from sinkbench.run_folder import folder_of, refuse_other_recipe
 from sinkbench.stopping import START_TIMEOUT
@@ -84,10 +86,13 @@ def check_host(config: Config) -> None:
     Raises:
         HostError: the folder cannot be written; the processes do not suit the layout; a package that the
             recipe names is absent; it does not fit into memory.
-        RecipeError: the folder holds a run of another recipe; the batch does not divide.
+        RecipeError: the folder holds a run of another recipe; the batch does not divide; there is no card
+            for graphs, or no such field of megatron's.
         DataError: the data are of another tokenizer than those that the run in the folder began with.
         CheckpointError: the checkpoint to start from is absent or damaged.
     """
+    _check_megatron(config)
+    _check_card(config)
     folder = folder_of(config)
     _check_writable(folder)
     refuse_other_recipe(folder, config)
@@ -110,6 +115,34 @@ def _check_start(folder: Path) -> None:
         remedy = "train the run that it is of, or name another folder checkpoints/step_N"
         raise CheckpointError("checkpoint.start_from", f"there is no checkpoint {folder}", remedy)
     open_checkpoint(folder)
+
+
+def _check_megatron(config: Config) -> None:
+    keys = {path.rpartition(".")[2]: path for path in all_keys(Config)}
+    for name in sorted(config.model.megatron.keys() - MEGATRON_FIELDS):
+        where = f"model.megatron.{name}"
+        if name in keys:
+            raise RecipeError(where, "a section of the recipe owns this field", f"set {keys[name]} instead")
+        problem = "megatron-core has no such field, or it has no effect in sinkbench's models"
+        raise RecipeError(where, problem, nearest(name, MEGATRON_FIELDS))
+
+
+def _check_card(config: Config) -> None:
+    if config.train.device != "cpu" and _has_driver():
+        return
+    if config.train.device == "cuda":
+        raise HostError("train.device", "cuda is not available here", "write auto or cpu")
+    if config.train.cuda_graph is True:
+        raise RecipeError("train.cuda_graph", "is for CUDA cards", "set it to auto or false")
+
+
+def _has_driver() -> bool:
+    """Whether CUDA may be there; whether a card is, torch tells."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return _CUDA_DEVICE.exists()
+    return True
 
 
 def _check_writable(folder: Path) -> None:

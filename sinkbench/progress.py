@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sinkbench.config import Config
-from sinkbench.errors import HostError
 from sinkbench.files import write_atomically
 
 RUN_ID = "wandb_run_id"
@@ -100,12 +99,8 @@ class Wandb:
     id, where steps that are sent again are dropped."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise HostError(
-                "log.wandb", "the package wandb is not installed", "pip install wandb, or remove log.wandb"
-            ) from None
+        import wandb
+
         settings = config.log.wandb
         assert settings is not None
         mode = settings.mode

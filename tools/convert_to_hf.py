@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from sinkbench.export.to_hf import main
+from sinkbench.export.commands import to_hf
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(to_hf())

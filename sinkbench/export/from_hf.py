@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,8 +15,7 @@ from torch import Tensor
 from sinkbench import plugins, recipe
 from sinkbench.checkpoint import RECIPE, write_info
 from sinkbench.checksums import FileSum, hash_file
-from sinkbench.command import Parser, run_command
-from sinkbench.config import BigramBackcopyConfig, Config, IndexedConfig, padded_vocab_size
+from sinkbench.config import Config, padded_vocab_size
 from sinkbench.data.run_tokenizer import FOLDER
 from sinkbench.data.tokenizer import copy_tokenizer, load_tokenizer
 from sinkbench.errors import CheckpointError, SinkbenchError
@@ -26,6 +24,7 @@ from sinkbench.export.architecture import Architecture
 from sinkbench.export.families import FAMILIES
 from sinkbench.export.family import Family
 from sinkbench.export.model_files import ModelFiles
+from sinkbench.export.model_folder import find_model
 from sinkbench.export.pieces import Piece
 from sinkbench.export.to_hf import new_folder
 from sinkbench.export.written import Weight, write_weights
@@ -60,7 +59,7 @@ def convert(
         DataError: the tokenizer cannot be used.
         HostError: ``out`` is not empty or cannot be written.
     """
-    files = ModelFiles(_local(model))
+    files = ModelFiles(find_model(model))
     with new_folder(out) as folder:
         values, pieces, known = _describe(files, seq_length)
         stored_dtype = DTYPES[dtype] if dtype else _dtype(files, known)
@@ -77,26 +76,6 @@ def convert(
         write_weights(folder, weights)
         _finish(folder, config)
     return config
-
-
-def _local(model: str) -> Path:
-    """The model's folder; one from the hub is fetched into its cache."""
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
-        raise CheckpointError(model, "there is no such folder", "name a folder of save_pretrained")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    except ImportError as error:
-        remedy = "name a folder, or pip install 'sinkbench[hf]'"
-        raise CheckpointError(model, "there is no such folder", remedy) from error
-    try:
-        return Path(snapshot_download(model))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        problem = f"there is no such folder, and the hub does not give it ({error})"
-        raise CheckpointError(model, problem, "name a folder of save_pretrained") from error
 
 
 def _describe(
@@ -289,34 +268,3 @@ def _finish(folder: Path, config: Config) -> None:
         if path.is_file()
     }
     write_info(folder, step=0, layout={}, files=files)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="convert_from_hf.py", description=__doc__)
-    parser.add_argument("model", help="folder of a Hugging Face model, or its name on the hub")
-    parser.add_argument("out", type=Path, help="new folder for the checkpoint and its recipe")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: bf16 for bf16 models, else fp32")
-    parser.add_argument("--seq-length", type=int, help="of the recipe (default: the model's longest)")
-    parser.add_argument("--tokenizer", type=Path, help="file or folder (default: the model's)")
-    return run_command(lambda: _run(parser.parse_args(argv)))
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    config = convert(
-        arguments.model,
-        arguments.out,
-        dtype=arguments.dtype,
-        seq_length=arguments.seq_length,
-        tokenizer=arguments.tokenizer,
-    )
-    print(f"{arguments.out}: train it with `python -m sinkbench.pretrain {arguments.out}/recipe.yaml`")
-    print(f"it trains on {_data_line(config.data)}")
-
-
-def _data_line(data: BigramBackcopyConfig | IndexedConfig) -> str:
-    """What the recipe trains on, and which override changes that."""
-    if isinstance(data, BigramBackcopyConfig):
-        return "a synthetic task: set 'data={source: indexed, train: FOLDER}'"
-    if data.prepare is not None:
-        return f"{', '.join(data.prepare.inputs)}: set 'data.prepare.inputs=[TEXTS]'"
-    return f"{', '.join(entry.path for entry in data.train)}: set data.train=FOLDER"

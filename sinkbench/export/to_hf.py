@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor
 
 from sinkbench import plugins, recipe
-from sinkbench.command import Parser, run_command
 from sinkbench.config import Config, ParallelConfig
 from sinkbench.data.run_tokenizer import find_tokenizer
 from sinkbench.data.tokenizer import Tokenizer
-from sinkbench.errors import DataError, HostError, SinkbenchError
+from sinkbench.errors import DataError, HostError
 from sinkbench.export import template
 from sinkbench.export.architecture import architecture_of
 from sinkbench.export.card import write_card
@@ -218,30 +216,3 @@ def push(folder: Path, repository: str, private: bool) -> str:
         remedy = f"log in with `hf auth login`, or go online; the model is in {folder}"
         raise HostError("--push", problem, remedy) from error
     return address
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = Parser(prog="convert_to_hf.py", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run")
-    parser.add_argument("out", type=Path, help="new folder for the model")
-    parser.add_argument("--step", type=int, help="checkpoint of this step of a run (default: the last)")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="of the weights (default: as they are)")
-    parser.add_argument("--tokenizer", type=Path, help="file or folder (default: that of the run's data)")
-    parser.add_argument("--push", metavar="REPOSITORY", help="upload to the Hugging Face hub as USER/NAME")
-    parser.add_argument("--private", action="store_true", help="with --push: a private repository")
-    return run_command(lambda: _run(parser.parse_args(argv)))
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    if arguments.private and not arguments.push:
-        raise SinkbenchError("--private", "has no effect without --push", "add --push USER/NAME")
-    class_name = convert(
-        arguments.checkpoint,
-        arguments.out,
-        step=arguments.step,
-        dtype=arguments.dtype,
-        tokenizer=arguments.tokenizer,
-    )
-    print(f"{arguments.out}: {class_name}")
-    if arguments.push:
-        print(push(arguments.out, arguments.push, arguments.private))

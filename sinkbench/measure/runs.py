@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from sinkbench import plugins, recipe
-from sinkbench.checkpoint import INFO, Checkpoint, CheckpointStore, open_checkpoint, verify_files
+from sinkbench.checkpoint import (
+    INFO,
+    Checkpoint,
+    CheckpointStore,
+    open_checkpoint,
+    refuse_absent,
+    verify_files,
+)
 from sinkbench.config import Config, ParallelConfig
 from sinkbench.data.run_tokenizer import find_kept, find_tokenizer
 from sinkbench.data.source import Arrays, open_source
@@ -36,10 +43,7 @@ def find_checkpoint(target: Path, step: int | None) -> Checkpoint:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    if not target.is_dir():
-        raise CheckpointError(
-            str(target), "there is no such folder", "give a run's folder or one of its checkpoints"
-        )
+    refuse_absent(target)
     store = CheckpointStore(target / "checkpoints")
     if (target / INFO).exists() or target.name.startswith("step_"):
         found = open_checkpoint(target)

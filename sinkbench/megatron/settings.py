@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, get_type_hints
 
 import torch
@@ -10,27 +9,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from pydantic import TypeAdapter, ValidationError
 
-from sinkbench.config import Config
+from sinkbench.config import MEGATRON_FIELDS, Config
 from sinkbench.errors import RecipeError
 from sinkbench.feed_forward import ACTIVATIONS
 from sinkbench.megatron import fusions, weight_gradients
-
-PASS_THROUGH = frozenset(
-    {
-        "cross_entropy_fusion_impl",
-        "cross_entropy_loss_fusion",
-        "defer_embedding_wgrad_compute",
-        "distribute_saved_activations",
-        "hidden_dropout",
-        "num_layers_in_first_pipeline_stage",
-        "num_layers_in_last_pipeline_stage",
-        "recompute_method",
-        "recompute_num_layers",
-        "tp_comm_overlap",
-        "wgrad_deferral_limit",
-    }
-)
-"""Fields of TransformerConfig that take effect here and that no section of the recipe owns."""
 
 OF_EAGER_LOSS = frozenset(
     {
@@ -48,7 +30,7 @@ def dtype(config: Config) -> torch.dtype:
 
 
 def transformer_config(config: Config, device: torch.device) -> TransformerConfig:
-    """Raises RecipeError for a field under model.megatron that is unknown, owned or without effect."""
+    """Raises RecipeError for a field under model.megatron of a wrong value, or without effect."""
     model, parallel = config.model, config.parallel
     fused = fusions.chosen(config, device)
     if "gradients" in fused:
@@ -97,7 +79,7 @@ def transformer_config(config: Config, device: torch.device) -> TransformerConfi
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         **_recompute(config.train.recompute),
     )
-    fields |= _passed_through(model.megatron, set(fields))
+    fields |= _passed_through(model.megatron)
     if model.linear_maps == "te" and fields.get("tp_comm_overlap"):
         problem = "Transformer Engine needs buffers for it, which are not made here"
         raise RecipeError("model.megatron.tp_comm_overlap", problem, "remove it")
@@ -126,24 +108,11 @@ def _recompute(what: str) -> dict[str, Any]:
     return {}
 
 
-def _passed_through(fields: dict[str, Any], owned: set[str]) -> dict[str, Any]:
+def _passed_through(fields: dict[str, Any]) -> dict[str, Any]:
     types = get_type_hints(TransformerConfig)
-    known = {field.name for field in dataclasses.fields(TransformerConfig)}
+    assert fields.keys() <= MEGATRON_FIELDS  # see preflight
     for name in fields:
-        where = f"model.megatron.{name}"
-        if name not in known:
-            raise RecipeError(
-                where, "megatron-core has no such field", f"choose from {', '.join(sorted(PASS_THROUGH))}"
-            )
-        if name in owned - PASS_THROUGH:
-            raise RecipeError(where, "a section of the recipe owns this field", "set it there instead")
-        if name not in PASS_THROUGH:
-            raise RecipeError(
-                where,
-                "this field has no effect in sinkbench's models",
-                f"remove it; these take effect: {', '.join(sorted(PASS_THROUGH))}",
-            )
-        _check_type(where, fields[name], types[name])
+        _check_type(f"model.megatron.{name}", fields[name], types[name])
     return fields
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sinkbench.export import from_hf, to_hf
+from sinkbench.export import commands, to_hf
 from sinkbench.export.model_files import ModelFiles
 from sinkbench.export.safetensors_files import Entry, write_shards
 from tests.distributed.runs import Run
@@ -79,7 +79,7 @@ def test_a_bad_checkpoint_is_one_line(
     if name == "no checkpoint":
         shutil.rmtree(checkpoint / "tokenizer")
     spoil(checkpoint)
-    refused(to_hf.main, [str(checkpoint), str(tmp_path / "made" / "out")], expected, tmp_path, capsys)
+    refused(commands.to_hf, [str(checkpoint), str(tmp_path / "made" / "out")], expected, tmp_path, capsys)
 
 
 def test_an_unknown_plugin_is_one_line(
@@ -91,7 +91,7 @@ def test_an_unknown_plugin_is_one_line(
     info = checkpoint / "checkpoint.json"
     edit_info(info, checkpoint)
     expected = "there is no attention 'sigmoids'; did you mean sigmoid?"
-    refused(to_hf.main, [str(checkpoint), str(tmp_path / "out")], expected, tmp_path, capsys)
+    refused(commands.to_hf, [str(checkpoint), str(tmp_path / "out")], expected, tmp_path, capsys)
 
 
 def edit_info(info: Path, checkpoint: Path) -> None:
@@ -161,7 +161,7 @@ def test_a_bad_model_is_one_line(
     model = tmp_path / "model"
     shutil.copytree(text_export, model)
     spoil(model)
-    refused(from_hf.main, [str(model), str(tmp_path / "made" / "out")], expected, tmp_path, capsys)
+    refused(commands.from_hf, [str(model), str(tmp_path / "made" / "out")], expected, tmp_path, capsys)
 
 
 def test_an_odd_tensor_is_one_line(
@@ -174,7 +174,7 @@ def test_an_odd_tensor_is_one_line(
     entries = [Entry(name, tuple(x.shape), x.dtype, partial(x.clone)) for name, x in tensors.items()]
     write_shards(model, entries, 10**9)
     expected = "model.router: is no tensor of an exported model; export the model again"
-    refused(from_hf.main, [str(model), str(tmp_path / "out")], expected, tmp_path, capsys)
+    refused(commands.from_hf, [str(model), str(tmp_path / "out")], expected, tmp_path, capsys)
 
 
 def test_an_export_has_the_length_of_its_recipe(
@@ -182,10 +182,10 @@ def test_an_export_has_the_length_of_its_recipe(
 ) -> None:
     arguments = [str(text_export), str(tmp_path / "out"), "--seq-length", "32"]
     expected = "--seq-length: an export of sinkbench keeps that of its recipe; leave it out"
-    refused(from_hf.main, arguments, expected, tmp_path, capsys)
+    refused(commands.from_hf, arguments, expected, tmp_path, capsys)
 
 
-@pytest.mark.parametrize("main", [to_hf.main, from_hf.main])
+@pytest.mark.parametrize("main", [commands.to_hf, commands.from_hf])
 def test_a_folder_with_something_in_it_is_left_alone(
     main: Callable[[list[str]], int],
     text_run: Run,
@@ -196,13 +196,13 @@ def test_a_folder_with_something_in_it_is_left_alone(
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine").write_text("x")
-    source = text_run.folder if main is to_hf.main else text_export
+    source = text_run.folder if main is commands.to_hf else text_export
     assert main([str(source), str(out)]) == 2
     assert capsys.readouterr().err == f"{out}: is not empty; name a folder that is new or empty\n"
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
 
 
-@pytest.mark.parametrize("main", [to_hf.main, from_hf.main])
+@pytest.mark.parametrize("main", [commands.to_hf, commands.from_hf])
 def test_a_place_that_cannot_be_written_is_one_line(
     main: Callable[[list[str]], int],
     text_run: Run,
@@ -212,7 +212,7 @@ def test_a_place_that_cannot_be_written_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("x")
     out = tmp_path / "file" / "out"
-    source = text_run.folder if main is to_hf.main else text_export
+    source = text_run.folder if main is commands.to_hf else text_export
     assert main([str(source), str(out)]) == 2
     expected = "cannot be written (Not a directory); choose a writable folder on a disk with room"
     assert capsys.readouterr().err == f"{out}: {expected}\n"
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_nothing(
     expected = (
         "out: cannot be written (No space left on device); choose a writable folder on a disk with room"
     )
-    refused(to_hf.main, [str(text_run.folder), str(tmp_path / "out")], expected, tmp_path, capsys)
+    refused(commands.to_hf, [str(text_run.folder), str(tmp_path / "out")], expected, tmp_path, capsys)
 
 
 def refused(

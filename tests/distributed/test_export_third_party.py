@@ -243,11 +243,11 @@ def rank_is_refused(rank: int, world_size: int, site: Path, root: Path) -> dict[
 
     sys.path.insert(0, str(site))
     from sinkbench.errors import SinkbenchError
-    from sinkbench.export import to_hf
+    from sinkbench.export import commands
 
     rank_writes(rank, world_size, [*SMALL, LLAMA, "model.attention=needs_rich"], root / "run", None)
     with contextlib.redirect_stderr(io.StringIO()) as printed:
-        code = to_hf.main([str(root / "run" / "step_0"), str(root / "out")])
+        code = commands.to_hf([str(root / "run" / "step_0"), str(root / "out")])
     try:
         rank_writes(rank, world_size, [*SMALL, LLAMA, "model.attention=bare"], root / "bare", None)
     except SinkbenchError as error:

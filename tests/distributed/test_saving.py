@@ -463,7 +463,7 @@ def poisoned(good: Path, folder: Path, poison: Callable[[Path, Payload], None], 
 def rank_opens(rank: int, world_size: int, work: Path) -> dict[str, list[str]]:
     """Resumes, measures and converts malicious checkpoints. What each came to, by name."""
     from sinkbench import cli
-    from sinkbench.export import to_hf
+    from sinkbench.export import commands
 
     outcomes: dict[str, list[str]] = {}
     warnings.simplefilter("ignore")
@@ -479,7 +479,7 @@ def rank_opens(rank: int, world_size: int, work: Path) -> dict[str, list[str]]:
             except CheckpointError as error:
                 outcomes[name].append(str(error))
         outcomes[name].append(str(cli.main(["measure", str(checkpoint), "--device", "cpu"])))
-        outcomes[name].append(str(to_hf.main([str(checkpoint), str(run / "out")])))
+        outcomes[name].append(str(commands.to_hf([str(checkpoint), str(run / "out")])))
     return outcomes
 
 

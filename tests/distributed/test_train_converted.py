@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from sinkbench import recipe
-from sinkbench.export import from_hf
+from sinkbench.export import commands, from_hf
 from sinkbench.testing import RunDistributed
 from tests.distributed.converted import (
     SENTENCES,
@@ -86,7 +86,7 @@ def test_the_command_says_how_to_train(
     originals: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert from_hf.main([str(originals["llama"]), str(out)]) == 0
+    assert commands.from_hf([str(originals["llama"]), str(out)]) == 0
     train_it, data_line = capsys.readouterr().out.splitlines()
     assert f"python -m sinkbench.pretrain {out}/recipe.yaml" in train_it
     assert data_line == "it trains on python:docs: set 'data.prepare.inputs=[TEXTS]'"

@@ -83,7 +83,7 @@ def test_it_trains_is_measured_and_exports(written: tuple[Installation, Path]) -
     (result,) = json.loads((environment.folder / "measured.json").read_text())["results"]
     assert 0 <= result["metrics"]["sink_1_raw"] <= 100
 
-    code = "import sys; from sinkbench.export.to_hf import main; sys.exit(main())"
+    code = "import sys; from sinkbench.export.commands import to_hf; sys.exit(to_hf())"
     exported = environment.run(environment.python, "-c", code, run, "exported")
     assert exported.returncode == 0, exported.stderr
     sources = {path.name for path in (environment.folder / "exported").glob("plugin_*.py")}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sinkbench.export import to_hf
+from sinkbench.export import commands, to_hf
 
 huggingface_hub = pytest.importorskip("huggingface_hub")
 
@@ -33,8 +35,10 @@ class Hub:
 
 
 @pytest.fixture
-def converted(monkeypatch: pytest.MonkeyPatch) -> None:
+def converted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The conversion itself is tested elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoint").mkdir()
     monkeypatch.setattr(to_hf, "convert", lambda checkpoint, out, **options: "LlamaForCausalLM")
 
 
@@ -46,7 +50,7 @@ def test_the_folder_is_uploaded(
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     options = ["--push", "me/model", *(["--private"] if private else [])]
-    assert to_hf.main(["checkpoint", "out", *options]) == 0
+    assert commands.to_hf(["checkpoint", "out", *options]) == 0
     assert hub.calls == [
         ("create_repo", {"repo_id": "me/model", "private": private, "exist_ok": True}),
         ("upload_folder", {"folder_path": Path("out"), "repo_id": "me/model"}),
@@ -58,7 +62,7 @@ def test_the_folder_is_uploaded(
 def test_nothing_is_uploaded_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    assert to_hf.main(["checkpoint", "out"]) == 0
+    assert commands.to_hf(["checkpoint", "out"]) == 0
     assert hub.calls == []
 
 
@@ -69,7 +73,7 @@ def test_a_refusal_is_one_line(
 ) -> None:
     hub = Hub(refusal)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    assert to_hf.main(["checkpoint", "out", "--push", "me/model"]) == 2
+    assert commands.to_hf(["checkpoint", "out", "--push", "me/model"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--push: me/model cannot be uploaded (" in line
     assert "hf auth login" in line
@@ -85,11 +89,31 @@ def test_no_network_is_one_line(
     """With the real client."""
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: huggingface_hub.hf_api.HfApi(endpoint=CLOSED))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-    assert to_hf.main(["checkpoint", "out", "--push", "me/model"]) == 2
+    assert commands.to_hf(["checkpoint", "out", "--push", "me/model"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--push: me/model cannot be uploaded (" in line
 
 
 def test_private_needs_push(capsys: pytest.CaptureFixture[str]) -> None:
-    assert to_hf.main(["checkpoint", "out", "--private"]) == 2
+    assert commands.to_hf(["checkpoint", "out", "--private"]) == 2
     assert "add --push USER/NAME" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "told"),
+    [
+        ("to", "absent out", "absent: there is no such folder; give a run's folder"),
+        ("to", "x out --dtype int8", "argument --dtype: invalid choice: 'int8'"),
+        ("to", "x out --private", "--private: has no effect without --push"),
+        ("from", "./absent out", "./absent: there is no such folder; name a folder of save_pretrained"),
+        ("from", "x", "the following arguments are required: out"),
+    ],
+)
+def test_a_wrong_command_line_is_told_before_torch_is_imported(tool: str, arguments: str, told: str) -> None:
+    code = f"import sys; from sinkbench.export.commands import {tool}_hf; code = {tool}_hf(sys.argv[1:])"
+    code += "; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; sys.exit(code)"
+    command = [sys.executable, "-c", code, *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert done.stderr.count("\n") == 1

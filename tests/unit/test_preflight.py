@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from sinkbench import recipe
+from sinkbench import packages, preflight, recipe
 from sinkbench.config import Config
 from sinkbench.data import run_tokenizer
 from sinkbench.errors import CheckpointError, DataError, HostError, SinkbenchError
@@ -155,3 +155,35 @@ def test_an_address_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(HostError, match=r"^MASTER_ADDR: 'node-7' cannot be resolved"):
         check_launcher()
+
+
+def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path, "log.wandb={project: mine}")
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(HostError, match=r"^log\.wandb: the package wandb is not installed; pip"):
+        check_host(config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.megatron={foo: 3}",
+            "model.megatron.foo: megatron-core has no such field",
+        ),
+        ("model.megatron={hidden_size: 3}", "model.megatron.hidden_size: .*; set model.hidden_size instead"),
+        ("train.cuda_graph=true", "train.cuda_graph: is for CUDA cards; set it to auto or false"),
+        ("train={device: auto, cuda_graph: true}", "train.cuda_graph: is for CUDA cards"),
+        ("train.device=cuda", "train.device: cuda is not available here; write auto or cpu"),
+    ],
+)
+def test_what_needs_no_torch_to_be_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    def no_library(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr("ctypes.CDLL", no_library)
+    monkeypatch.setattr(preflight, "_CUDA_DEVICE", tmp_path / "absent")
+    with pytest.raises(SinkbenchError, match=f"^{message}"):
+        check_host(config_of(tmp_path, override))

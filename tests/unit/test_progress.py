@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import builtins
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sinkbench.config import Config
-from sinkbench.errors import HostError
 from sinkbench.progress import Bar, open_sinks
 
 
@@ -76,19 +74,6 @@ def test_tensorboard_takes_back_what_a_resumed_run_does_again(tmp_path: Path) ->
 def test_nothing_is_opened_unasked(tmp_path: Path) -> None:
     assert open_sinks(config(progress=False), tmp_path, 0) == []
     assert not any(tmp_path.iterdir())
-
-
-def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = builtins.__import__
-
-    def without_wandb(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "wandb":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_wandb)
-    with pytest.raises(HostError, match=r"^log.wandb: the package wandb is not installed; pip install wandb"):
-        open_sinks(config(wandb={}), tmp_path, 0)
 
 
 def test_wandb_is_offline_without_a_key_and_goes_on_under_its_id(
