@@ -18,7 +18,7 @@ from sinkbench.checksums import FileSum, hash_file
 from sinkbench.config import Config, padded_vocab_size
 from sinkbench.data.run_tokenizer import FOLDER
 from sinkbench.data.tokenizer import copy_tokenizer, load_tokenizer
-from sinkbench.errors import CheckpointError, SinkbenchError
+from sinkbench.errors import CheckpointError, DataError, SinkbenchError
 from sinkbench.export import template
 from sinkbench.export.architecture import Architecture
 from sinkbench.export.families import FAMILIES
@@ -65,12 +65,14 @@ def convert(
         stored_dtype = DTYPES[dtype] if dtype else _dtype(files, known)
         values["train"]["precision"] = "bf16" if stored_dtype is torch.bfloat16 else "fp32"
         values["checkpoint"] = {**values.get("checkpoint", {}), "start_from": str(out.absolute())}
-        copied = _copy_tokenizer(files, folder, tokenizer)
+        vocab_size = values["model"]["vocab_size"] or files.config["vocab_size"]
+        rows = padded_vocab_size(vocab_size)
+        copied = _copy_tokenizer(files, folder, tokenizer, rows)
         if "data" not in values:
             values["data"] = _data(out / copied if copied else None, values["model"]["vocab_size"])
         config = recipe.to_config(recipe.Recipe(files.folder / "config.json", values, {}))
         plugins.resolve(config, plugins.discover())
-        rows = padded_vocab_size(values["model"]["vocab_size"] or files.config["vocab_size"])
+        _check_table(files, known[_table(pieces).names[0]], config.model.hidden_size, vocab_size, rows)
         layers = config.model.num_layers
         weights = [_weight(piece, files, known, layers, rows, stored_dtype) for piece in pieces]
         write_weights(folder, weights)
@@ -198,13 +200,33 @@ def _recipe(a: Architecture, name: str, seq_length: int | None) -> dict[str, Any
     }
 
 
-def _copy_tokenizer(files: ModelFiles, folder: Path, given: Path | None) -> str | None:
-    """Copies the model's tokenizer, or the given one, and returns where it lies in the folder."""
+def _copy_tokenizer(files: ModelFiles, folder: Path, given: Path | None, rows: int) -> str | None:
+    """Copies the model's tokenizer, or the given one, and returns where it lies in the folder.
+
+    Raises:
+        DataError: it is none, or has more tokens than the model has rows for.
+    """
     path = given if given is not None else _tokenizer_in(files.folder)
     if path is None:
         return None
-    copy_tokenizer(load_tokenizer(path), folder / FOLDER)
+    found = load_tokenizer(path)
+    if found.vocab_size > rows:
+        problem = f"has {found.vocab_size} tokens, the model has {rows}"
+        raise DataError(str(found.path), problem, "give the model's own tokenizer with --tokenizer")
+    copy_tokenizer(found, folder / FOLDER)
     return FOLDER
+
+
+def _table(pieces: list[Piece]) -> Piece:
+    return next(piece for piece in pieces if piece.stored == TABLES[0])
+
+
+def _check_table(files: ModelFiles, name: str, hidden_size: int, vocab_size: int, rows: int) -> None:
+    """A table that may be padded, as ours are, up to ``rows``."""
+    shape = tuple(files.read(name).shape)
+    if len(shape) != 2 or shape[1] != hidden_size or not vocab_size <= shape[0] <= rows:
+        problem = f"has {name} of shape {shape}, where config.json tells {(vocab_size, hidden_size)}"
+        raise CheckpointError(str(files.folder), problem, "copy the model again")
 
 
 def _data(tokenizer: Path | None, vocab_size: int) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from sinkbench.export import commands, to_hf
 from sinkbench.export.model_files import ModelFiles
@@ -108,6 +110,16 @@ def edit_info(info: Path, checkpoint: Path) -> None:
     write_info(checkpoint, step=STEPS, layout={}, files=files)
 
 
+def widen_recipe(path: Path) -> None:
+    recipe = json.loads(path.read_text())["recipe"]
+    edit_json(path, recipe=recipe | {"model": recipe["model"] | {"hidden_size": 128}})
+
+
+def enlarge_tokenizer(path: Path) -> None:
+    words = {"</s>": 0, **{str(number): number for number in range(1, 449)}}
+    Tokenizer(WordLevel(words, unk_token="1")).save(str(path))
+
+
 FROM_HF: dict[str, tuple[Callable[[Path], None], str]] = {
     "not there": (lambda m: shutil.rmtree(m), "there is no such folder; name a folder of save_pretrained"),
     "no config": (lambda m: (m / "config.json").unlink(), "there is no config.json, so it is not a Hugging"),
@@ -131,6 +143,14 @@ FROM_HF: dict[str, tuple[Callable[[Path], None], str]] = {
     "more layers": (
         lambda m: edit_json(m / "config.json", num_hidden_layers=5),
         "has no model.layers.4.",
+    ),
+    "other width": (
+        lambda m: widen_recipe(m / "config.json"),
+        "has model.embed_tokens.weight of shape (448, 64), where config.json tells (448, 128); copy",
+    ),
+    "tokenizer of more tokens": (
+        lambda m: enlarge_tokenizer(m / "tokenizer.json"),
+        "tokenizer.json: has 449 tokens, the model has 448; give the model's own tokenizer with --tokenizer",
     ),
     "no weights": (
         lambda m: (m / "model.safetensors").unlink(),
