@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
@@ -14,6 +14,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 Location = Sequence["int | str"]
+
+MOST_SAME = 3
+"""Keys of other sections that are proposed for one of the same last name."""
 
 _REMEDIES = {
     "bool_type": "write true or false",
@@ -106,7 +109,7 @@ def _fault(detail: ErrorDetails, schema: type[BaseModel], values: Any, also: Ite
         case "extra_forbidden":
             *section, word = detail["loc"]
             more = () if section else also
-            return Fault(key, "unknown key", _known_keys(key, str(word), section, schema, more))
+            return Fault(key, "unknown key", _nearest_key(key, str(word), section, schema, more))
         case "missing":
             return Fault(key, "is missing", "set it")
         case "union_tag_not_found":
@@ -140,18 +143,39 @@ def _written(location: Location, values: Any, missing: bool) -> list[int | str]:
     return parts
 
 
-def _known_keys(key: str, word: str, section: Location, schema: type[BaseModel], also: Iterable[str]) -> str:
+def unknown_key(key: str, schema: type[BaseModel]) -> str | None:
+    """The remedy for a dotted key that no recipe has, as ``_nearest_key`` gives it; None for one that may be
+    there, as any in a block whose keys the model does not name."""
+    known = set(all_keys(schema))
+    parts = key.split(".")
+    above = [".".join(parts[:end]) for end in range(1, len(parts))]
+    if key in known or any(path in known and not _is_section(path, known) for path in above):
+        return None
+    return _nearest_key(key, parts[-1], parts[:-1], schema, ())
+
+
+def _is_section(path: str, known: Collection[str]) -> bool:
+    """A plugin's block has the keys of its own too, and is none."""
+    return any(k.startswith(f"{path}.") for k in known) and f"{path}.params" not in known
+
+
+def _nearest_key(key: str, word: str, section: Location, schema: type[BaseModel], also: Iterable[str]) -> str:
     """The remedy for an unknown key: a near one of its section, or of another."""
     here = {*_keys(_models_at(section, schema)), *also} - {word}  # a sweep cannot sweep its sweep
     if (usual := _OTHER_NAMES.get(word)) in here:
         return f"did you mean {usual}?"
     everywhere = set(all_keys(schema))
     # A key that exists under this path belongs to another member of a union.
-    if key not in everywhere and not difflib.get_close_matches(word, here, n=1):
-        elsewhere = {path.split(".")[-1]: path for path in sorted(everywhere)}
-        close = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.8)
-        if close:
-            return f"did you mean {elsewhere[close[0]]}?"
+    if key not in everywhere:
+        elsewhere: dict[str, list[str]] = {}
+        for path in sorted(everywhere):
+            elsewhere.setdefault(path.split(".")[-1], []).append(path)
+        if 0 < len(same := elsewhere.get(word, [])) <= MOST_SAME:
+            return f"did you mean {' or '.join(same)}?"
+        if not difflib.get_close_matches(word, here, n=1):
+            close = difflib.get_close_matches(word, elsewhere, n=1, cutoff=0.8)
+            if close:
+                return f"did you mean {elsewhere[close[0]][-1]}?"
     return nearest(word, here)
 
 

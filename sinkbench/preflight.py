@@ -19,7 +19,7 @@ from sinkbench.checkpoint import CheckpointStore, open_checkpoint
 from sinkbench.config import MEGATRON_FIELDS, Config
 from sinkbench.data import run_tokenizer
 from sinkbench.errors import CheckpointError, HostError, RecipeError
-from sinkbench.explain import all_keys, nearest
+from sinkbench.explain import all_keys, nearest, unknown_key
 from sinkbench.flops import parameters, vocab_size
 from sinkbench.run_folder import folder_of, refuse_other_recipe
 from sinkbench.stopping import START_TIMEOUT
@@ -87,16 +87,15 @@ def check_host(config: Config) -> None:
         HostError: the folder cannot be written; the processes do not suit the layout; a package that the
             recipe names is absent; it does not fit into memory.
         RecipeError: the folder holds a run of another recipe; the batch does not divide; there is no card
-            for graphs, or no such field of megatron's.
+            for graphs, no such field of megatron's, or no such key to allow changes of.
         DataError: the data are of another tokenizer than those that the run in the folder began with.
         CheckpointError: the checkpoint to start from is absent or damaged.
     """
     _check_megatron(config)
+    _check_allowed_changes(config)
     _check_card(config)
     folder = folder_of(config)
     _check_writable(folder)
-    refuse_other_recipe(folder, config)
-    run_tokenizer.refuse_other(config, folder)
     start = config.checkpoint.start_from
     if start is not None and not CheckpointStore(folder / "checkpoints").steps():
         _check_start(Path(start).expanduser())
@@ -108,6 +107,9 @@ def check_host(config: Config) -> None:
         _check_weights(config)
         _check_activations(config, micro_batch)
         _check_batch(config, config.train.global_batch_size // data_size)
+    # At last: a mistake may be why the recipe is another.
+    refuse_other_recipe(folder, config)
+    run_tokenizer.refuse_other(config, folder)
 
 
 def _check_start(folder: Path) -> None:
@@ -125,6 +127,12 @@ def _check_megatron(config: Config) -> None:
             raise RecipeError(where, "a section of the recipe owns this field", f"set {keys[name]} instead")
         problem = "megatron-core has no such field, or it has no effect in sinkbench's models"
         raise RecipeError(where, problem, nearest(name, MEGATRON_FIELDS))
+
+
+def _check_allowed_changes(config: Config) -> None:
+    for key in config.checkpoint.allow_change:
+        if remedy := unknown_key(key, Config):
+            raise RecipeError("checkpoint.allow_change", f"{key} is no key of a recipe", remedy)
 
 
 def _check_card(config: Config) -> None:

@@ -174,6 +174,14 @@ def test_wandb_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("model.megatron={hidden_size: 3}", "model.megatron.hidden_size: .*; set model.hidden_size instead"),
         ("train.cuda_graph=true", "train.cuda_graph: is for CUDA cards; set it to auto or false"),
         ("train={device: auto, cuda_graph: true}", "train.cuda_graph: is for CUDA cards"),
+        (
+            "checkpoint.allow_change=[seed, train.stepz]",
+            "checkpoint.allow_change: train.stepz is no .* steps",
+        ),
+        (
+            "checkpoint.allow_change=[optm.lr]",
+            "checkpoint.allow_change: optm.lr is no .* optim.lr",
+        ),
         ("train.device=cuda", "train.device: cuda is not available here; write auto or cpu"),
     ],
 )
@@ -187,3 +195,26 @@ def test_what_needs_no_torch_to_be_refused(
     monkeypatch.setattr(preflight, "_CUDA_DEVICE", tmp_path / "absent")
     with pytest.raises(SinkbenchError, match=f"^{message}"):
         check_host(config_of(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "optim",
+        "train.steps",
+        "model.attention.window",
+        "loss.x",
+        "model.megatron.hidden_dropout",
+        "data.train",
+    ],
+)
+def test_keys_whose_change_is_allowed(tmp_path: Path, key: str) -> None:
+    check_host(config_of(tmp_path, f"checkpoint.allow_change=[{key}]"))
+
+
+def test_a_mistake_is_told_before_the_run_that_is_there(tmp_path: Path) -> None:
+    config = config_of(tmp_path, "seed=3", "model.megatron={foo: 1}")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "recipe.yaml").write_text(recipe.dump(config_of(tmp_path)))
+    with pytest.raises(SinkbenchError, match=r"^model\.megatron\.foo: "):
+        check_host(config)
