@@ -200,7 +200,7 @@ def _targets(named: Sequence[str]) -> Iterator[str]:
             continue
         from sinkbench.report.runs import find_runs
 
-        started, waiting = find_runs([Path(target)])
+        started, waiting = find_runs([Path(target).expanduser()])
         yield from map(str, started)
         if waiting:
             left_out = ", ".join(map(str, waiting))
