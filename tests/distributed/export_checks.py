@@ -79,10 +79,12 @@ def check(folder: Path) -> dict[str, Any]:
 
 
 def worst(found: Any, expected: Any) -> float | None:
-    """The largest difference of any layer; None where nothing was expected."""
+    """The largest difference of weights of any layer, of those beyond 1 (signed ones) as a part of the
+    largest; None where nothing was expected."""
     if expected is None:
         return None
-    return max(difference(a, b) for a, b in zip(found, expected, strict=True))
+    layers = zip(found, expected, strict=True)
+    return max(difference(a, b) / max(1.0, float(b.abs().max())) for a, b in layers)
 
 
 def sink(attentions: Any, key: int) -> float:
