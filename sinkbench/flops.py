@@ -61,8 +61,19 @@ def flops_per_token(model: ModelConfig, vocab_size: int, seq_length: int | None 
     return 6 * weights + 6 * attention
 
 
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "GH200": 989e12, "A100": 312e12, "A800": 312e12}
-"""Dense bf16 operations per second of a card, by a word of its name (vendor's data sheets)."""
+PEAK_BF16 = {
+    "H100 PCIe": 756e12,
+    "H800 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+}
+"""Dense bf16 operations per second of a card, by the first of these that is in its name (vendor's data
+sheets: half of what they say for sparse matrices)."""
 
 
 def peak(device_name: str, precision: str) -> float | None:
