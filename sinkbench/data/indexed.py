@@ -18,7 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from sinkbench.config import IndexedConfig
-from sinkbench.data.manifest import TRAIN, VALIDATION, Manifest, check_sizes, load_manifest, prepared_in
+from sinkbench.data.manifest import (
+    TRAIN,
+    VALIDATION,
+    Manifest,
+    check_sizes,
+    load_manifest,
+    prepared_in,
+    unfinished_in,
+)
 from sinkbench.data.source import Arrays, HeldOut
 from sinkbench.data.verify import verify_at_start
 from sinkbench.errors import DataError
@@ -189,10 +197,20 @@ class _Folder:
 
     @classmethod
     def open_all(cls, path: str) -> list[_Folder]:
-        """The folder of a path, or the prepared folders in it, by name."""
+        """The folder of a path, or the prepared folders in it, by name.
+
+        Raises:
+            DataError: it cannot be used, or one in it is not prepared to its end.
+        """
         folder = Path(path).expanduser()
         found = prepared_in(folder)
-        return [cls.open(path)] if found == [folder] else [cls.open(str(inner)) for inner in found]
+        if found == [folder]:
+            return [cls.open(path)]
+        if unfinished := unfinished_in(folder):
+            problem = f"not yet prepared to the end: {', '.join(inner.name for inner in unfinished)}"
+            remedy = "finish `sinkbench data prepare` or `sinkbench data pile`, or remove what is unfinished"
+            raise DataError(str(folder), problem, remedy)
+        return [cls.open(str(inner)) for inner in found]
 
     def has(self, split: str) -> bool:
         return self.manifest.tokens[split] > 0

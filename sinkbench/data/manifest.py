@@ -22,6 +22,8 @@ TRAIN = "train"
 VALIDATION = "validation"
 SPLITS = (TRAIN, VALIDATION)
 SCHEMA: Literal[1] = 1
+WORK = ".prepare"
+"""In a folder that is being prepared: what goes when it is whole."""
 
 
 class _Record(BaseModel):
@@ -89,6 +91,13 @@ def prepared_in(folder: Path) -> list[Path]:
     if not folder.is_dir() or (folder / MANIFEST).exists():
         return [folder]
     return sorted(manifest.parent for manifest in folder.glob(f"*/{MANIFEST}")) or [folder]
+
+
+def unfinished_in(folder: Path) -> list[Path]:
+    """The folders in it, by name, whose preparation is under way or was interrupted."""
+    names = (WORK, *(f"{split}.bin" for split in SPLITS))
+    begun = {found.parent for name in names for found in folder.glob(f"*/{name}")}
+    return sorted(inner for inner in begun if not (inner / MANIFEST).exists())
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -24,7 +24,7 @@ from pathlib import Path
 from sinkbench.config import PrepareConfig, TokenizerConfig
 from sinkbench.data.documents import Input, Unit, find_inputs, units
 from sinkbench.data.join import join
-from sinkbench.data.manifest import MANIFEST, SCHEMA, Manifest, TokenizerRecord, load_manifest
+from sinkbench.data.manifest import MANIFEST, SCHEMA, WORK, Manifest, TokenizerRecord, load_manifest
 from sinkbench.data.shards import make_sample, make_tokenise, sample_key, shard_path
 from sinkbench.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from sinkbench.data.workers import available_cores, map_in_order
@@ -36,7 +36,6 @@ UNIT_BYTES = 4 << 20
 SAMPLE_CHARS = 32 << 20
 """Text on which a tokenizer is trained."""
 
-_WORK = ".prepare"
 _MARKER = "request.json"
 """In the work folder: what is being prepared."""
 _log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def prepare(
     """
     request_hash = request.hash()
     created = not folder.exists()
-    work = folder / _WORK
+    work = folder / WORK
     try:
         if done := _finished(folder, request, request_hash):
             return done
@@ -182,15 +181,15 @@ def _check_ours(folder: Path) -> None:
     Raises:
         DataError: the folder holds files that no preparation wrote.
     """
-    foreign = any(not entry.name.startswith(_WORK) for entry in folder.iterdir())
-    if foreign and not (folder / _WORK / _MARKER).exists():
+    foreign = any(not entry.name.startswith(WORK) for entry in folder.iterdir())
+    if foreign and not (folder / WORK / _MARKER).exists():
         raise DataError(str(folder), "is not empty", "choose another folder")
 
 
 def _discard(work: Path) -> None:
     """Removes the work folder and the lock in it, by way of another name: a process that waits for the
     lock may make both again meanwhile."""
-    doomed = work.with_name(f"{_WORK}.{os.getpid()}.{threading.get_ident()}")
+    doomed = work.with_name(f"{WORK}.{os.getpid()}.{threading.get_ident()}")
     work.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -261,7 +260,7 @@ class _Job:
         self._request = request
         self._request_hash = request_hash
         self._folder = folder
-        self._work = folder / _WORK
+        self._work = folder / WORK
         self._shards = self._work / "shards"
         self._trained = self._work / "tokenizer.model"
         self._workers = workers

@@ -196,6 +196,21 @@ def test_probe_takes_domains_in_turn(tmp_path: Path, folder: Path) -> None:
     assert (first[1::2] >= 500).all()
 
 
+@pytest.mark.parametrize("left", [".prepare/request.json", "train.bin", "validation.bin"])
+def test_domains_that_are_not_prepared_to_the_end_are_named(tmp_path: Path, left: str) -> None:
+    for name in ("a", "c"):
+        write_folder(tmp_path / "all" / name, TEXTS)
+    (tmp_path / "all" / "notes").mkdir()
+    (tmp_path / "all" / "a" / ".prepare").mkdir()  # the manifest is there: it is whole
+    assert len(open_folders(tmp_path / "all")._train.parts) == 2
+    for name in ("b", "d"):
+        path = tmp_path / "all" / name / left
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with pytest.raises(DataError, match=r"/all: not yet prepared to the end: b, d; finish `sinkbench data p"):
+        open_folders(tmp_path / "all")
+
+
 def test_fingerprint_follows_content_not_place(tmp_path: Path, folder: Path) -> None:
     copy = write_folder(tmp_path / "copy", TEXTS)
     other = write_folder(tmp_path / "other", TEXTS[1:])
