@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from sinkbench import recipe
-from sinkbench.config import Config
+from sinkbench.config import BigramBackcopyConfig, Config
 from sinkbench.errors import HostError, RecipeError
 from sinkbench.explain import show
 from sinkbench.files import NO_LOCKS, write_atomically
@@ -56,6 +56,8 @@ MAY_CHANGE = (
 train.steps too, if the schedule is constant, and change what checkpoint.allow_change names."""
 MUST_STAY = ("train.global_batch_size", "model.seq_length")
 """The position in the data counts in these."""
+_DATA = ("data", "seed")
+"""The order of the data comes from these."""
 LOCK_WAIT_S = 2.0
 """A run that was killed a moment ago may not be gone yet."""
 RANKS_WAIT_S = 30.0
@@ -112,10 +114,7 @@ class RunFolder:
         Raises:
             RecipeError: a default is another.
         """
-        try:
-            before = json.loads((self.path / "manifest.json").read_text())["plugins"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return  # a new run, or one that was killed before it had begun
+        before = self._begun_with("plugins") or {}
         for path, now in manifest["plugins"].items():
             was = before.get(path, {})
             if was.get("name") != now["name"] or is_within(path, "measure"):
@@ -133,6 +132,34 @@ class RunFolder:
                 f"its default was {show(before)} when the run in {self.path} began, and is {show(now)}",
                 f"set another name, or go on with {key}={show(before)} 'checkpoint.allow_change=[{key}]'",
             )
+
+    def refuse_other_data(self, manifest: dict[str, Any]) -> None:
+        """Checks that the data under the recipe's paths are those that the run began with.
+
+        Args:
+            manifest: of the run as it is to go on from a checkpoint.
+
+        Raises:
+            RecipeError: they are others.
+        """
+        if isinstance(self.config.data, BigramBackcopyConfig):
+            return  # the recipe says all of it
+        allowed = any(
+            is_within(key, section) for key in self.config.checkpoint.allow_change for section in _DATA
+        )
+        before = self._begun_with("data")
+        if before is not None and before != manifest["data"] and not allowed:
+            problem = f"these are not the data that the run in {self.path} began with"
+            remedy = "put those back, set another name, or go on with 'checkpoint.allow_change=[data]'"
+            raise RecipeError("data", problem, remedy)
+
+    def _begun_with(self, part: str) -> Any:
+        """A part of the manifest that is there; None for a new run, or one that was killed before it had
+        begun."""
+        try:
+            return json.loads((self.path / "manifest.json").read_text())[part]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def begin(self, start_step: int, manifest: dict[str, Any]) -> None:
         """Writes recipe and manifest, and drops metrics beyond the step that training resumes from, and

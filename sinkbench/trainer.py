@@ -129,6 +129,8 @@ class Trainer:
         try:
             folder.refuse_other_defaults(self.manifest)
             refuse_other(self.config, folder.path)
+            if self.store.steps():
+                folder.refuse_other_data(self.manifest)
         except BaseException:
             folder.close()
             raise

@@ -119,7 +119,8 @@ def _data(config: Config) -> list[Path]:
         prepared = [cached_folder(data.prepare)] if data.prepare else []
     except SinkbenchError:
         return []  # as measuring will say
-    folders = prepared or [Path(entry.path).expanduser() for entry in data.train]
+    paths = [entry.path for entry in data.train] + [*data.validation.values()]
+    folders = prepared or [Path(path).expanduser() for path in paths]
     manifests = (found / MANIFEST for folder in folders for found in prepared_in(folder))
     return [path for path in manifests if path.is_file()]
 

@@ -16,7 +16,9 @@ from benchmarks.reliability import whole_tensors
 from sinkbench.config import FUSIONS
 from sinkbench.failpoints import VARIABLE
 from sinkbench.testing import RankFailure, RunDistributed
-from tests.distributed.runs import LAYOUTS, SWIGLU, Run, prepare, train
+from tests.distributed.runs import DEMO, LAYOUTS, SWIGLU, Run, prepare, train
+from tests.distributed.token_folder import VOCAB_SIZE, write_random_text
+from tests.unit.data_folder import write_folder
 
 RECIPE = (
     *SWIGLU,
@@ -197,6 +199,28 @@ def test_rank_killed_while_saving(run_distributed: RunDistributed, whole: Whole,
     checkpoints = tmp_path / "short" / "checkpoints"
     assert {path.name for path in checkpoints.iterdir()} == {"step_10", ".step_20.writing"}
     assert_identical(train(run_distributed, tmp_path, RECIPE, "tensor"), whole("tensor"))
+
+
+def test_other_data_under_the_same_path_are_refused(run_distributed: RunDistributed, tmp_path: Path) -> None:
+    text = write_random_text(tmp_path / "text")
+    recipe = (
+        *DEMO,
+        "optim.warmup_steps=1",
+        f"data={{source: indexed, train: {text}}}",
+        "measure={every: 0, metrics: [sink]}",
+    )
+    run = train(run_distributed, tmp_path, (*recipe, "train.steps=2"))
+    began = json.loads((run.folder / "manifest.json").read_text())["data"]
+    shutil.rmtree(text)
+    write_folder(text, [[*range(1, 250)]] * 40, [[*range(1, 250)]] * 20, vocab_size=VOCAB_SIZE)
+    with pytest.raises(RankFailure, match=r"data: these are not the data that the run in .*short began"):
+        train(run_distributed, tmp_path, (*recipe, "train.steps=3"), "data")
+    assert json.loads((run.folder / "manifest.json").read_text())["data"] == began
+    train(run_distributed, tmp_path, (*recipe, "train.steps=3", "checkpoint.allow_change=[data]"), "data")
+    now = json.loads((run.folder / "manifest.json").read_text())["data"]
+    assert now != began
+    train(run_distributed, tmp_path, (*recipe, "train.steps=4"), "tensor")
+    assert list(run.series("train", "loss")) == [1, 2, 3, 4]
 
 
 def test_finished_run_stays_as_it_is(run_distributed: RunDistributed, whole: Whole, tmp_path: Path) -> None:

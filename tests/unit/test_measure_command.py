@@ -380,6 +380,15 @@ def test_another_tokenizer_or_other_data_are_told(
     shutil.rmtree(data)
     write_folder(data, [[2] * 400])
     assert run(mine)[2] == ""
+    held_out, other = tmp_path / "held_out", tmp_path / "runs" / "other"
+    write_folder(held_out, [[1] * 300])
+    recipe = recipe.replace("source: indexed", f"source: indexed, validation: {{news: {held_out}}}")
+    save(CheckpointStore(other / "checkpoints"), 5, recipe=recipe)
+    assert run(other)[2] == ""
+    assert "1 of the results taken from" in run(other)[2]
+    shutil.rmtree(held_out)
+    write_folder(held_out, [[2] * 400])
+    assert run(other)[2] == ""
 
 
 def test_a_list_skips_what_cannot_be_had(folder: Path, run: Run, tmp_path: Path) -> None:

@@ -274,6 +274,31 @@ def test_another_default_of_a_plugin_is_refused(make: Make, caplog: pytest.LogCa
     assert [record.getMessage() for record in caplog.records] == [warning]
 
 
+def test_other_data_under_the_same_path_are_refused(make: Make) -> None:
+    data = "data={source: indexed, train: [text]}"
+    folder = RunFolder(make(data))
+    folder.refuse_other_data({"data": "1"})
+    folder.begin(0, {"plugins": {}})
+    folder.refuse_other_data({"data": "1"})  # of a version that kept none
+    folder.begin(0, {"data": "1"})
+    folder.refuse_other_data({"data": "1"})
+    with pytest.raises(RecipeError) as caught:
+        folder.refuse_other_data({"data": "2"})
+    folder.close()
+    assert str(caught.value) == (
+        "data: these are not the data that the run in runs/small began with; "
+        "put those back, set another name, or go on with 'checkpoint.allow_change=[data]'"
+    )
+    for key in ("data", "data.train", "seed"):
+        folder = RunFolder(make(data, f"checkpoint.allow_change=[optim, {key}]"))
+        folder.refuse_other_data({"data": "2"})
+        folder.close()
+    folder = RunFolder(make(data, "checkpoint.allow_change=[optim]"))
+    with pytest.raises(RecipeError):
+        folder.refuse_other_data({"data": "2"})
+    folder.close()
+
+
 @pytest.mark.parametrize("key", ["train", "train.global_batch_size", "model", "model.seq_length"])
 def test_what_the_data_position_counts_in_may_not_change(make: Make, key: str) -> None:
     begun(make()).close()
