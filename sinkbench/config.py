@@ -219,6 +219,8 @@ class BlendEntry(Section):
     """folder written by ``sinkbench data prepare``, or a folder of such folders: they are blended by their
     sizes, as if shuffled together."""
     weight: PositiveFloat = 1.0
+    """share of the sequences relative to the other entries': without weights all count equally, whatever
+    their sizes."""
 
 
 class TokenizerConfig(Section):

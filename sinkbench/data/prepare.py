@@ -290,9 +290,6 @@ class _Job:
             write_atomically(marker, wanted)
         self._shards.mkdir(exist_ok=True)
 
-    def _units(self) -> Iterator[Unit]:
-        return units(self._inputs, self._unit_bytes)
-
     def _tokenizer(self) -> Tokenizer:
         path, vocab_size = self._request.tokenizer.path, self._request.tokenizer.train_vocab_size
         if path is not None:
@@ -306,13 +303,15 @@ class _Job:
 
     def _sample(self) -> Iterable[str]:
         """Text of SAMPLE_CHARS: documents in the order of their hashes, so that each has the same
-        chance and the order of the inputs is of no account."""
+        chance and the order of the inputs is of no account. Inputs that are held out give none."""
+        inputs = self._request.inputs
+        total = sum(entry.size for entry in inputs)
         # Four times too many by the size on disk, since compressed files hold more text than that.
-        share = 4 * SAMPLE_CHARS / max(self._total, 1)
+        share = 4 * SAMPLE_CHARS / max(total, 1)
         make = partial(make_sample, self._request.text_field, share)
         chosen: dict[bytes, str] = {}
-        with _bar("sampling", self._total, self._progress) as advance:
-            for size, found in map_in_order(make, self._units(), self._workers):
+        with _bar("sampling", total, self._progress) as advance:
+            for size, found in map_in_order(make, units(inputs, self._unit_bytes), self._workers):
                 chosen.update(found)
                 advance(size)
         missing = SAMPLE_CHARS
@@ -329,7 +328,7 @@ class _Job:
         with _bar("tokenising", self._total, self._progress) as advance:
 
             def missing() -> Iterator[tuple[int, Unit]]:
-                for number, unit in enumerate(self._units()):
+                for number, unit in enumerate(units(self._inputs, self._unit_bytes)):
                     paths.append(shard_path(self._shards, number))
                     if paths[-1].exists():
                         advance(unit.size)

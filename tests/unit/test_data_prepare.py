@@ -190,6 +190,18 @@ def test_each_split_gets_a_document(tmp_path: Path, model: Path) -> None:
     assert verify(tmp_path / "every") == every
 
 
+def test_validation_inputs_do_not_train_the_tokenizer(corpus: list[str], tmp_path: Path) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_text(f"quetzalcoatl {number} " * 2000)
+        held_out = tuple(find_inputs([str(tmp_path / f"{number}.txt")]))
+        prepare(request(corpus, 320, validation=held_out), tmp_path / f"out{number}", workers=1)
+    models = [(tmp_path / f"out{number}" / "tokenizer" / "tokenizer.model") for number in range(2)]
+    prepare(request(corpus, 320), tmp_path / "alone", workers=1)
+    models.append(tmp_path / "alone" / "tokenizer" / "tokenizer.model")
+    assert len({path.read_bytes() for path in models}) == 1
+    assert len(sentencepiece.SentencePieceProcessor(model_file=str(models[0])).encode("quetzalcoatl")) > 3
+
+
 def test_lone_document_is_cut(tmp_path: Path, model: Path) -> None:
     book = "".join(text(i) for i in range(20))
     (tmp_path / "book.txt").write_text(book)
