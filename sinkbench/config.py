@@ -27,6 +27,8 @@ from pydantic import (
 VOCAB_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this, as in the paper, whatever the parallel layout."""
 
+MIN_TRAINED_VOCAB = 300
+"""Tokens of the smallest tokenizer that is trained: 256 bytes, four special ones, and some characters."""
 MAX_NAME = 200
 """Characters of a name or label, each of which becomes a folder's."""
 RESERVED_LABELS = {
@@ -229,7 +231,7 @@ class TokenizerConfig(Section):
     path: FolderPath | None = None
     """a SentencePiece .model, a tokenizer.json, a folder of a Hugging Face tokenizer, or OWNER/NAME on the
     Hugging Face hub."""
-    train_vocab_size: Annotated[int, Field(ge=300, le=2**24)] | None = None
+    train_vocab_size: Annotated[int, Field(ge=MIN_TRAINED_VOCAB, le=2**24)] | None = None
     """train a SentencePiece BPE model with byte fallback of this size on the inputs."""
 
     @model_validator(mode="after")

@@ -85,6 +85,14 @@ def _warn_of_window(declared: Declarations) -> None:
         _log.warning("a window of %d leaves out nothing of %d tokens: this is full attention", window, length)
 
 
+def _warn_of_held_out(config: Config, source: SequenceSource) -> None:
+    wanted = config.validation.sequences
+    sizes = {name: len(source.validation(name)) for name in source.domains if config.validation.every}
+    few = ", ".join(f"{size} of {name}" for name, size in sizes.items() if size < wanted)
+    if few:
+        _log.warning("validation reads fewer sequences than the %d asked for, all held out: %s", wanted, few)
+
+
 class Trainer:
     """One run. Everything here is called on all ranks unless it says otherwise."""
 
@@ -184,6 +192,7 @@ class Trainer:
         if self.source.tokenizer is not None:
             keep_tokenizer(self.source.tokenizer, self.folder.path)
         _warn_of_window(self.declared)
+        _warn_of_held_out(self.config, self.source)
         self.sinks = open_sinks(self.config, self.folder.path, start)
         if self.config.log.progress:
             programs = manifest.in_words(self.declared)

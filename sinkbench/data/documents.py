@@ -21,6 +21,8 @@ from sinkbench.errors import DataError
 _TEXT = (".txt", ".md", ".py", ".rst")
 _COMPRESSION = {".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
 _PARQUET = ".parquet"
+_STRINGS = ("string", "large_string", "string_view")
+"""Arrow's types of text, by name since older releases lack the last."""
 EXTENSIONS = (".jsonl", *_COMPRESSION, *_TEXT, _PARQUET)
 
 _PYTHON_DOCS = {"python:docs": False, "python:help": True}
@@ -302,8 +304,8 @@ def _parquet_texts(path: Path, index: int, text_field: str) -> Iterator[str]:
                 found = ", ".join(schema.names[:8])
                 raise DataError(str(path), f"has no column {text_field!r} (columns: {found})", _FIELD_REMEDY)
             kind = schema.field(columns[0]).type
-            is_text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
-            if columns == [text_field] and not is_text:
+            values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if columns == [text_field] and str(values) not in _STRINGS:
                 raise DataError(str(path), f"column {text_field!r} holds {kind}, not strings", _FIELD_REMEDY)
             records = parquet.read_row_group(index, columns=columns).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:

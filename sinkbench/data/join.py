@@ -48,7 +48,7 @@ def join(
         advance: told the bytes of each shard when it is done.
 
     Raises:
-        DataError: an input holds no text.
+        DataError: an input holds no text, or all that is held out is trained on.
     """
     indices = [ShardIndex.load(path) for path in shards]
     hashes = np.concatenate([index.hashes for index in indices])
@@ -60,6 +60,10 @@ def join(
         cut = holdout if kept.sum() == 1 and 0 < holdout < 1 else None
     else:
         held_out, cut = owner >= held_out_from, None
+        if not (held_out & kept).any():
+            problem = "all its documents are among the inputs, which are trained on"
+            remedy = "hold out others, or a share of the inputs (--holdout)"
+            raise DataError(", ".join(inputs[held_out_from:]), problem, remedy)
     masked = any(index.dialogues for index in indices)
 
     writers: dict[str, TokenWriter] = {}

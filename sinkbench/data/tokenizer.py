@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from sinkbench.config import MIN_TRAINED_VOCAB
 from sinkbench.data import hub
 from sinkbench.data.manifest import file_sha256
 from sinkbench.errors import DataError
@@ -253,7 +254,11 @@ def _training_error(message: str, vocab_size: int) -> DataError:
         return DataError("tokenizer", problem, f"train one well above {found[1]} tokens")
     if found := re.search(r"set it to a value <= (\d+)", message):
         problem = f"the text is too little for a vocabulary of {vocab_size}"
-        return DataError("tokenizer", problem, f"train one of {found[1]} or fewer tokens, or give more text")
+        smaller = int(found[1]) >= MIN_TRAINED_VOCAB
+        remedy = (
+            f"train one of {found[1]} or fewer tokens, or give more text" if smaller else "give more text"
+        )
+        return DataError("tokenizer", problem, remedy)
     if "!sentences_.empty()" in message:
         return DataError("tokenizer", "there is no text to train it on", "give files that hold text")
     return DataError("tokenizer", f"SentencePiece cannot train it ({message})", "use a given tokenizer")

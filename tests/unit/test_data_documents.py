@@ -165,6 +165,20 @@ def test_truncated_compressed_file(tmp_path: Path, kind: str) -> None:
     assert "is damaged or cannot be read (Truncated compressed stream)" in error_of(path)
 
 
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary", "dictionary of large_string"])
+def test_text_of_any_arrow_type(tmp_path: Path, kind: str) -> None:
+    plain = pyarrow.array(["a", "b", "a"], pyarrow.large_string() if "large" in kind else pyarrow.string())
+    text = plain.dictionary_encode() if "dictionary" in kind else plain.cast(kind)
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), path)
+    [unit] = units(find_inputs([str(path)]), 1000)
+    assert [found for piece in unit.pieces for found in documents(piece, "text")] == ["a", "b", "a"]
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array([b"a", b"a"]).dictionary_encode()}), path
+    )
+    assert "column 'text' holds dictionary<values=binary" in error_of(path)
+
+
 def test_wrong_parquet_files(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", {"id": [1, 2, 3], "text": ["a", "b", None]})
     assert "x.parquet: row 0 of row group 1: 'text' is null" in error_of(path)

@@ -211,6 +211,19 @@ def test_domains_that_are_not_prepared_to_the_end_are_named(tmp_path: Path, left
         open_folders(tmp_path / "all")
 
 
+@pytest.mark.parametrize(("every", "sequences"), [(1, 16), (1, 17), (0, 17)])
+def test_validation_of_fewer_sequences_is_warned_of(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture, every: int, sequences: int
+) -> None:
+    from sinkbench.trainer import _warn_of_held_out
+
+    other = write_folder(tmp_path / "more", TEXTS, documents(200, [200]))
+    config = recipe(folder, validation={"every": every, "sequences": sequences})
+    _warn_of_held_out(config, open_folders(folder, other))
+    warning = "validation reads fewer sequences than the 17 asked for, all held out: 16 of news"
+    assert [record.getMessage() for record in caplog.records] == [warning] * (every and sequences == 17)
+
+
 def test_fingerprint_follows_content_not_place(tmp_path: Path, folder: Path) -> None:
     copy = write_folder(tmp_path / "copy", TEXTS)
     other = write_folder(tmp_path / "other", TEXTS[1:])

@@ -190,6 +190,19 @@ def test_each_split_gets_a_document(tmp_path: Path, model: Path) -> None:
     assert verify(tmp_path / "every") == every
 
 
+def test_validation_inputs_that_are_trained_on_are_refused(
+    corpus: list[str], model: Path, tmp_path: Path
+) -> None:
+    held_out = tuple(find_inputs(corpus[1:]))
+    with pytest.raises(
+        DataError, match=r"x.jsonl: all its documents are among the inputs, .*; hold out others"
+    ):
+        prepare(request(corpus, model, validation=held_out), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+    manifest = prepare(request(corpus[:1], model, validation=held_out), tmp_path / "out", workers=1)
+    assert manifest.documents == {"train": 30, "validation": 60}
+
+
 def test_validation_inputs_do_not_train_the_tokenizer(corpus: list[str], tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"{number}.txt").write_text(f"quetzalcoatl {number} " * 2000)

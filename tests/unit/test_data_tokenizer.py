@@ -76,8 +76,11 @@ def test_training_reads_lines_of_any_length(tmp_path: Path) -> None:
 
 
 def test_vocabulary_that_does_not_suit_the_text(tmp_path: Path) -> None:
+    words = " ".join(f"{i:x}" for i in range(3000, 9000, 7))
     with pytest.raises(DataError, match=r"too little for a vocabulary of 5000; train one of \d+ or fewer"):
-        train_sentencepiece(["a few words"], 5000, tmp_path / "x.model")
+        train_sentencepiece([words], 5000, tmp_path / "x.model")
+    with pytest.raises(DataError, match=r"too little for a vocabulary of 400; give more text$"):
+        train_sentencepiece(["a few words"], 400, tmp_path / "x.model")
     with pytest.raises(DataError, match="there is no text to train it on"):
         train_sentencepiece([], 300, tmp_path / "x.model")
     characters = " ".join(chr(0x4E00 + i) for i in range(1000))
