@@ -383,15 +383,20 @@ class Trainer:
             sink.log(step, event, values)
 
     def _finish(self) -> dict[str, Any]:
-        """Writes summary.json. The loss is the held-out one where there is one."""
+        """Writes summary.json. The loss is the held-out one where there is one. Numbers of a validation or a
+        probe before the last step, as of a run that went on without any, are not those of its end."""
         if self.folder is None:
             return {}
-        known = self.folder.latest_events()
-        train, validation, probe = (known.get(event, {}) for event in ("train", "validation", "probe"))
+        known, last = self.folder.latest_events(), self.config.train.steps
+        train = known.get("train", {})
+        validation, probe = (
+            line if line.get("step") == last else {}
+            for line in (known.get(event, {}) for event in ("validation", "probe"))
+        )
         summary = {
             "name": self.config.name,
             "attention": self.config.label or self.config.model.attention.name,
-            "step": self.config.train.steps,
+            "step": last,
             "loss": validation.get("loss", train.get("loss")),
             "train_loss": train.get("loss"),
             "tokens": self.tokens,

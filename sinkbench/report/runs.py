@@ -105,21 +105,34 @@ class Run:
         return array
 
     def row(self) -> dict[str, Any]:
-        """The run as a row of a table: the last probe's numbers, then those of the summary but for its
-        speeds, which are of the last steps alone. A run without summary has the loss that it would hold: the
-        held-out one where there is one."""
-        validated = self.last(VALIDATION, "loss")
+        """The run as a row of a table: numbers of validation and probe at the step that it has reached, then
+        those of the summary but for its speeds, which are of the last steps alone. A run without summary has
+        the loss that it would hold: the held-out one where there is one."""
+        validated, probed = self._at(VALIDATION, self.reached), self._at(PROBE, self.reached)
         row: dict[str, Any] = {
-            "loss": self.last(TRAIN, "loss") if validated is None else validated,
-            "validation_loss": validated,
+            "loss": validated.get("loss", self.last(TRAIN, "loss")),
+            "validation_loss": validated.get("loss"),
         }
-        probes = self.lines.get(PROBE, ())
-        for numbers in (probes[-1] if probes else {}, self.summary or {}):
+        domains = {key: value for key, value in validated.items() if key.startswith("loss/")}
+        for numbers in (domains, probed, self.summary or {}):
             row |= {key: value for key, value in numbers.items() if is_number(value)}
         row |= {key: self.median(TRAIN, key) for key in ("tokens_per_second", "mfu")}
-        reached = max((line["step"] for lines in self.lines.values() for line in lines), default=0)
-        step = f"{reached:,}" if reached == self.steps else f"{reached:,} of {self.steps:,}"
+        step = f"{self.reached:,}" if self.complete else f"{self.reached:,} of {self.steps:,}"
         return row | {"label": self.label, "attention": self.attention, "step": step}
+
+    @property
+    def reached(self) -> int:
+        """The newest step."""
+        return max((line["step"] for lines in self.lines.values() for line in lines), default=0)
+
+    @property
+    def complete(self) -> bool:
+        return self.reached == self.steps
+
+    def _at(self, event: str, step: int) -> Line:
+        """The line of a step; empty if there is none."""
+        lines = self.lines.get(event, ())
+        return lines[-1] if lines and lines[-1]["step"] == step else {}
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:

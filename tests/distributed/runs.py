@@ -53,6 +53,10 @@ class Run:
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
 
+    def summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = json.loads((self.folder / "summary.json").read_text())
+        return summary
+
     def series(self, event: str, key: str) -> dict[int, float]:
         """A number by step."""
         lines = [line for line in self.lines() if line["event"] == event]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -98,8 +97,8 @@ def test_tokens_are_all_that_the_model_has_read(weighted: Run) -> None:
 def test_tables_of_a_run_add_no_column_for_what_is_no_metric(
     run_distributed: RunDistributed, tmp_path: Path
 ) -> None:
-    folder = train(run_distributed, tmp_path, (*SWIGLU, "train.steps=6")).folder
-    summary = json.loads((folder / "summary.json").read_text())
+    run = train(run_distributed, tmp_path, (*SWIGLU, "train.steps=6"))
+    folder, summary = run.folder, run.summary()
     assert summary["sink_1_raw"] is not None
     console = Console(width=200)
     with console.capture() as capture:
@@ -108,6 +107,21 @@ def test_tables_of_a_run_add_no_column_for_what_is_no_metric(
     titles = {title.strip() for title in header.split("┃")[1:-1]}
     assert titles <= {column.title for column in COLUMNS}
     assert page._other_metrics([read_run(folder)]) == Added()
+
+
+def test_the_summary_of_a_run_that_went_on_has_no_numbers_of_earlier_steps(
+    run_distributed: RunDistributed, tmp_path: Path
+) -> None:
+    short = (*SWIGLU, "train.steps=6", "validation={every: 6, sequences: 8}", "measure={every: 6, count: 8}")
+    first = train(run_distributed, tmp_path, short).summary()
+    assert first["loss"] != first["train_loss"]
+    longer = (*short, "train.steps=8", "validation.every=0", "measure.every=0")
+    summary = train(run_distributed, tmp_path, longer).summary()
+    assert summary["step"] == 8
+    assert summary["loss"] == summary["train_loss"]
+    gone = first.keys() - summary.keys()
+    assert "sink_1_raw" in gone
+    assert any(key.startswith("loss/") for key in gone)
 
 
 @pytest.fixture(scope="module")

@@ -212,15 +212,29 @@ def test_speeds_are_medians_also_of_a_finished_run(tmp_path: Path) -> None:
 def test_unfinished_run_says_how_far_it_is(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a", probes=False)
     (path / "summary.json").unlink()
-    kept = [
-        line for line in (path / "metrics.jsonl").read_text().splitlines() if json.loads(line)["step"] <= 120
-    ]
-    (path / "metrics.jsonl").write_text("\n".join(kept) + '\n{"step": 130, "ev')
-    run = read_run(path)
-    assert run.row()["step"] == "120 of 200"
-    validated = [line for text in kept if (line := json.loads(text))["event"] == "validation"]
-    assert run.row()["loss"] == validated[-1]["loss"]
+    whole = (path / "metrics.jsonl").read_text().splitlines()
+    for reached, event in ((100, "validation"), (120, "train")):
+        kept = [line for line in whole if json.loads(line)["step"] <= reached]
+        (path / "metrics.jsonl").write_text("\n".join(kept) + f'\n{{"step": {reached + 10}, "ev')
+        row = read_run(path).row()
+        assert row["step"] == f"{reached} of 200"
+        last = next(line for text in kept[::-1] if (line := json.loads(text))["event"] == event)
+        assert (last["step"], last["loss"]) == (reached, row["loss"])
+        assert row.get("loss/web") == last.get("loss/web"), "of a validation at that step alone"
+    assert row["validation_loss"] is None
     assert captions(render(path)) == ["Loss"]
+
+
+def test_numbers_of_an_earlier_step_are_not_those_of_the_last(tmp_path: Path) -> None:
+    """As of a run that went on without validation and probes."""
+    path = make_run(tmp_path / "a")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 260, "event": "train", "loss": 1.5}\n')
+    (path / "recipe.yaml").write_text((path / "recipe.yaml").read_text().replace("steps: 200", "steps: 260"))
+    (path / "summary.json").write_text('{"step": 260, "loss": 1.5}')
+    row = read_run(path).row()
+    assert (row["step"], row["loss"], row["validation_loss"]) == ("260", 1.5, None)
+    assert not {"sink_1_raw", "loss/web"} & row.keys()
 
 
 def test_steps_run_again_after_a_resume_count_once(tmp_path: Path) -> None:
