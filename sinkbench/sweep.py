@@ -43,7 +43,14 @@ class SweepRun:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "summary.json").exists()
+        """Whether its summary is of its last step. One that cannot be read counts; ``read_summary`` tells."""
+        path = self.folder / "summary.json"
+        if not path.exists():
+            return False
+        try:
+            return bool(json.loads(path.read_text(encoding="utf-8"))["step"] >= self.config.train.steps)
+        except (OSError, ValueError, KeyError, TypeError):
+            return True
 
     @property
     def stopped(self) -> bool:

@@ -21,7 +21,7 @@ from tests.unit.conftest import Write
 Capture = pytest.CaptureFixture[str]
 
 TRAINER = """\
-import json, os, pathlib, sys, time
+import json, os, pathlib, sys, time, yaml
 folder = pathlib.Path(sys.argv[1]).parent
 (folder / "manifest.json").write_text("{}")
 with open("events.txt", "a") as events:
@@ -37,6 +37,7 @@ if folder.name == "slow":
     pathlib.Path("slow.pid").write_text(str(os.getpid()))
     time.sleep(60)
 summary = {"attention": "?", "loss": 2.5, "sink_1_raw": 97.0, "sink_1_proxy": 96.0, "value_drain": None}
+summary["step"] = yaml.safe_load(pathlib.Path(sys.argv[1]).read_text())["train"]["steps"]
 (folder / "summary.json").write_text(json.dumps(summary))
 """
 
@@ -171,6 +172,15 @@ def test_a_second_call_runs_only_what_did_not_finish(capsys: Capture) -> None:
     assert call("s", "log.every=1") == 1  # logging may change
     assert events() == ["plain", "bad", LAST, "bad"]
     assert "runs/small/plain: already finished" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_runs_go_on_to_more_steps(capsys: Capture) -> None:
+    call("s")
+    assert call("s", "train.steps=300") == 1  # the schedule is constant
+    assert events() == 2 * ["plain", "bad", LAST]
+    assert "already finished" not in capsys.readouterr().err
+    assert [row["step"] for row in json.loads(Path("runs/small/summary.json").read_text())] == [300, 300]
 
 
 @pytest.mark.usefixtures("stand_in")
