@@ -34,7 +34,11 @@ END_WAIT_S = 120.0
 
 @dataclass(frozen=True, eq=False)
 class SweepRun:
-    """One run: its folder, validated recipe, and what tables call it."""
+    """One run: its folder, validated recipe, and what tables call it.
+
+    Attributes:
+        attention: the label where that is a person's and the sweep varies the attention, else the plugin.
+    """
 
     label: str
     attention: str
@@ -129,13 +133,17 @@ def plan(loaded: Recipe) -> list[SweepRun]:
         where = recipe.display(loaded.path)
         raise RecipeError(where, "it has no sweep", f"train it: python -m sinkbench.pretrain {where}")
     index = plugins.discover()
+    singles = recipe.expand(loaded)
+    configs = []
+    for single in singles:
+        configs.append(recipe.to_config(single))
+        plugins.resolve(configs[-1], index, single.provenance)
+    varied = any(config.model.attention != configs[0].model.attention for config in configs)
     runs = []
-    for single in recipe.expand(loaded):
-        config = recipe.to_config(single)
-        plugins.resolve(config, index, single.provenance)
+    for single, config in zip(singles, configs, strict=True):
         assert config.label is not None
-        made = single.provenance["label"] == recipe.GENERATED
-        attention = config.model.attention.name if made else config.label
+        named = varied and single.provenance["label"] != recipe.GENERATED
+        attention = config.label if named else config.model.attention.name
         runs.append(SweepRun(config.label, attention, folder_of(config), config))
     if len({item.folder.parent for item in runs}) > 1:
         where = f"{loaded.provenance['sweep']}: sweep"

@@ -395,7 +395,8 @@ class Trainer:
         )
         summary = {
             "name": self.config.name,
-            "attention": self.config.label or self.config.model.attention.name,
+            "label": self.config.label,
+            "attention": self.config.model.attention.name,
             "step": last,
             "loss": validation.get("loss", train.get("loss")),
             "train_loss": train.get("loss"),

@@ -97,8 +97,10 @@ def test_tokens_are_all_that_the_model_has_read(weighted: Run) -> None:
 def test_tables_of_a_run_add_no_column_for_what_is_no_metric(
     run_distributed: RunDistributed, tmp_path: Path
 ) -> None:
-    run = train(run_distributed, tmp_path, (*SWIGLU, "train.steps=6"))
-    folder, summary = run.folder, run.summary()
+    train(run_distributed, tmp_path, (*SWIGLU, "label=fast", "train.steps=6"))
+    folder = tmp_path / "short" / "fast"
+    summary = Run(folder).summary()
+    assert (summary["label"], summary["attention"]) == ("fast", "softmax")
     assert summary["sink_1_raw"] is not None
     console = Console(width=200)
     with console.capture() as capture:

@@ -142,6 +142,15 @@ def test_a_run_that_fails_does_not_stop_the_others(capsys: Capture) -> None:
 
 
 @pytest.mark.usefixtures("stand_in")
+def test_labels_of_one_attention_have_a_column_of_their_own(write: Write, capsys: Capture) -> None:
+    write("t.yaml", "extends: small\nsweep: [{label: low, optim.lr: 1e-3}, {label: b, optim.lr: 1e-2}]\n")
+    assert call("t") == 0
+    table = [line.split()[:5] for line in capsys.readouterr().out.splitlines()]
+    assert ["┃", "run", "┃", "attention", "┃"] in table
+    assert ["│", "low", "│", "softmax", "│"] in table
+
+
+@pytest.mark.usefixtures("stand_in")
 def test_the_table_has_the_scalars_of_other_metrics(write: Write, capsys: Capture) -> None:
     write(
         "trainer.py",
