@@ -114,6 +114,8 @@ class Trainer:
         self.layout = layout
         self.micro_batch = micro_batch
         self.deadline = deadline
+        self.near_end = False
+        """Whether the newest step found the deadline near; a save may turn out shorter than feared."""
         self.request = Request()
         self.manifest = manifest.describe(resolved, declared, layout, source.fingerprint)
         self.store = CheckpointStore(folder_of(config) / "checkpoints")
@@ -254,15 +256,14 @@ class Trainer:
                 self._stop(step)
 
     def _wants_stop(self) -> bool:
-        near = self.layout.is_main and self.deadline.near(self.saver.longest_s)
-        return near or self.request.signal is not None
+        self.near_end = self.layout.is_main and self.deadline.near(self.saver.longest_s)
+        return self.near_end or self.request.signal is not None
 
     def _stop(self, step: int) -> NoReturn:
         if self.request.signal is not None:
             reason = self.request.signal.name
         else:
-            near = self.deadline.near(self.saver.longest_s)
-            reason = self.deadline.reason if near else "a signal to another rank"
+            reason = self.deadline.reason if self.near_end else "a signal to another rank"
         if self.folder is not None:
             self.folder.stopped(step, reason)
         done = f"stopped after step {step} of {self.config.train.steps}, which is saved ({reason})"

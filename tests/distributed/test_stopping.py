@@ -95,16 +95,23 @@ def test_a_signal_to_one_rank_stops_all(
 
 
 def rank_runs_out_of_time(rank: int, world_size: int, arguments: Sequence[str]) -> str:
-    """The limit is near in step 13, on the clock of the first rank."""
+    """The limit is near in step 13, on the clock of the first rank, and no longer after a short save."""
     from sinkbench.megatron.training import Engine
-    from sinkbench.trainer import train
+    from sinkbench.trainer import Trainer, train
+
+    usual = Trainer._save
 
     def forward() -> None:
         real = time.time
         patch.setattr(time, "time", lambda: real() + (3600 if rank == 0 else 0))
 
+    def save(trainer: Trainer, step: int) -> None:
+        usual(trainer, step)
+        patch.setattr(Deadline, "near", lambda *_: False)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "train_step", during_step(AT, forward))
+        patch.setattr(Trainer, "_save", save)
         with pytest.raises(Stopped) as stopped:
             train(*prepare(arguments))
     return stopped.value.what
