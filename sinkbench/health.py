@@ -53,7 +53,7 @@ class Trouble:
     """
 
     event: str
-    values: dict[str, float | None]
+    values: dict[str, float]
     what: str
     remedy: str
     stop: bool
@@ -95,7 +95,7 @@ class Health:
         spike = finite and self._is_spike(result.loss)
         if result.updated and not spike:
             return None
-        values = {"loss": _json(result.loss), "grad_norm": _json(result.grad_norm)}
+        values = {"loss": result.loss, "grad_norm": result.grad_norm}
         if spike:
             mean, deviation = self.statistics.mean, math.sqrt(self.statistics.variance)
             values |= {"mean": mean, "deviation": deviation}
@@ -124,8 +124,3 @@ class Health:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped = state["skipped"]
         self.statistics = LossStatistics(**{k: v for k, v in state.items() if k != "skipped"})
-
-
-def _json(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None

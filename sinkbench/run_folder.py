@@ -4,7 +4,7 @@ files.
 recipe.yaml      the resolved recipe
 manifest.json    versions, git commit, plugins, backends, parallel layout
 metrics.jsonl    one JSON object a line: {"step", "event": "train" | "validation" | "probe" | "skipped" |
-                 "spike", ...}
+                 "spike", ...}; a number that is not finite is null, as in all these files
 measure/         step_N.json: every number of a probe, per layer and head
 checkpoints/     step_N/
 tokenizer/       that of the data, unless these are a synthetic task
@@ -18,6 +18,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -181,7 +182,7 @@ class RunFolder:
     def log(self, step: int, event: str, values: dict[str, Any]) -> None:
         """Appends a line to metrics.jsonl."""
         assert self._metrics is not None
-        self._metrics.write(json.dumps({"step": step, "event": event, **values}) + "\n")
+        self._metrics.write(_json({"step": step, "event": event, **values}) + "\n")
 
     def flush(self) -> None:
         """Brings metrics.jsonl to the disk, so that no checkpoint is ahead of it."""
@@ -293,7 +294,21 @@ def folder_of(config: Config) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=2) + os.linesep)
+    """Numbers that are not finite become null."""
+    write_atomically(path, _json(value, indent=2) + os.linesep)
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: nested values with null in their place."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

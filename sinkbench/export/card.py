@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,11 @@ def _measured(checkpoint: Checkpoint) -> str:
         line = json.loads(text)
         if line["step"] > checkpoint.step:
             continue
+        line = {key: math.nan if value is None else value for key, value in line.items()}
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
         if line["event"] == "probe":
             found |= {key: numbers[key] for key in numbers if key not in ("step", "time")}
-        elif "loss" in numbers:
+        elif "loss" in numbers and line["event"] != "skipped":
             found[f"{line['event']} loss"] = numbers["loss"]
     rows = "\n".join(f"| {name} | {value:.4g} |" for name, value in found.items())
     return f"| metric | value |\n|---|---|\n{rows}"

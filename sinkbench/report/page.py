@@ -124,15 +124,8 @@ def _other_metrics(runs: Sequence[Run]) -> Added:
 
 def _domains(runs: Sequence[Run]) -> str:
     prefix = "loss/"
-    rows = [
-        {
-            key: run.last(VALIDATION, key)
-            for line in run.lines.get(VALIDATION, ())
-            for key in line
-            if key.startswith(prefix)
-        }
-        for run in runs
-    ]
+    lines = [run.lines.get(VALIDATION) or [{}] for run in runs]
+    rows = [{key: loss for key, loss in each[-1].items() if key.startswith(prefix)} for each in lines]
     keys = sorted({key for row in rows for key in row})
     if len(keys) < 2:
         return ""

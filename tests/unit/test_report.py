@@ -260,6 +260,21 @@ def test_diverged_run_is_reported(tmp_path: Path) -> None:
     assert "Hidden states" in captions(html)
 
 
+def test_a_number_that_is_not_finite_at_the_last_step_is_not_that_of_an_earlier_one(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "a")
+    lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    spoilt = [re.sub(r'"(loss\S*|sink_1_raw)": [\d.]+', r'"\1": null', line) for line in lines]
+    last = [json.loads(line)["step"] == 200 for line in lines]
+    kept = [new if spoil else old for old, new, spoil in zip(lines, spoilt, last, strict=True)]
+    (path / "metrics.jsonl").write_text("".join(kept))
+    (path / "summary.json").write_text('{"loss": null, "sink_1_raw": null}')
+    html = render(path)
+    title = rows(html, "Summary")[0]
+    assert not {"loss", "validation loss", "Sink_1 % raw"} & set(title)
+    assert "Sink_1 % proxy" in title
+    assert rows(html, "Validation loss by domain")[1][1:] == [ABSENT, ABSENT]
+
+
 def test_many_runs_stay_apart(tmp_path: Path) -> None:
     """More runs than colours: markers tell them apart, and equal names become paths."""
     paths = [make_run(tmp_path / f"r{number}", seed=number, probes=False) for number in range(9)]

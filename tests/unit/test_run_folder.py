@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,16 @@ def test_files(make: Make) -> None:
     folder.close()
     assert recipe.to_config(recipe.load(folder.path / "recipe.yaml")) == config
     assert json.loads((folder.path / "manifest.json").read_text()) == {"versions": {}}
+
+
+def test_numbers_that_are_not_finite_are_null(make: Make) -> None:
+    folder = begun(make())
+    folder.log(1, "validation", {"loss": math.nan, "loss/web": math.inf, "all": [1.0, -math.inf]})
+    folder.close()
+    line = '{"step": 1, "event": "validation", "loss": null, "loss/web": null, "all": [1.0, null]}\n'
+    assert (folder.path / "metrics.jsonl").read_text() == line
+    run_folder.write_json(folder.path / "summary.json", {"runs": ({"loss": math.nan},)})
+    assert json.loads((folder.path / "summary.json").read_text()) == {"runs": [{"loss": None}]}
 
 
 def test_resumed_run_drops_what_comes_after_its_checkpoint(make: Make) -> None:
