@@ -12,7 +12,7 @@ from sinkbench.report.runs import find_runs, read_runs
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line."""
     parser.add_argument(
-        "runs", nargs="*", type=Path, metavar="RUN", help="a run's folder, or a sweep's folder of runs"
+        "runs", nargs="*", type=Path, metavar="RUN", help="a run's folder, or a folder of runs or sweeps"
     )
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("report.html"), help="the page (default: %(default)s)"

@@ -24,7 +24,9 @@ Line = Mapping[str, Any]
 """One line of metrics.jsonl: step, event, time, and numbers by name."""
 
 TRAIN, VALIDATION, PROBE = "train", "validation", "probe"
-RECIPE, METRICS = "recipe.yaml", "metrics.jsonl"
+RECIPE, METRICS, CHECKPOINTS = "recipe.yaml", "metrics.jsonl", "checkpoints"
+DEEPEST = 3
+"""So far below a folder lie its runs: runs/paper/SWEEP/LABEL below runs."""
 
 
 class _Model(BaseModel):
@@ -136,7 +138,7 @@ class Run:
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
-    """The run folders that paths name; a path is one, or a sweep's folder of them.
+    """The run folders that paths name; a path is one, a sweep's folder of them, or a folder of sweeps.
 
     Returns:
         Those to report, and those of a sweep that have not started.
@@ -150,7 +152,9 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
         if not path.is_dir():
             raise DataError(str(path), "is not a folder", "give a run folder, or a sweep's folder of runs")
         found = [path] if (path / RECIPE).is_file() else []
-        for child in sorted(recipe.parent for recipe in path.glob(f"*/{RECIPE}")):
+        recipes = (recipe for depth in range(1, DEEPEST + 1) for recipe in path.glob("*/" * depth + RECIPE))
+        below = (recipe.relative_to(path).parent for recipe in recipes)
+        for child in sorted(path / folder for folder in below if CHECKPOINTS not in folder.parts):
             (found if (child / METRICS).is_file() else waiting).append(child)
         if not found:
             problem = "no run in it has started" if waiting else f"has no {RECIPE}, nor have its folders"

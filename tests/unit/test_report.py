@@ -301,6 +301,18 @@ def test_sweep_folder_stands_for_its_runs(tmp_path: Path) -> None:
     assert find_runs([second, tmp_path]) == ([second, first], [waiting])
 
 
+def test_runs_are_found_below_folders_of_sweeps(tmp_path: Path) -> None:
+    single = make_run(tmp_path / "runs" / "demo")
+    swept = [make_run(tmp_path / "runs" / "paper" / "heads" / label) for label in ("heads=2", "heads=4")]
+    for run in (single, *swept):
+        checkpoint = run / "checkpoints" / "step_4"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "recipe.yaml").touch()
+    assert find_runs([tmp_path / "runs"]) == ([single, *swept], [])
+    assert find_runs([tmp_path / "runs" / "paper"]) == (swept, [])
+    assert find_runs([single]) == ([single], [])
+
+
 def test_command_writes_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "sweep" / "a")
     (make_run(tmp_path / "sweep" / "b") / "metrics.jsonl").unlink()
