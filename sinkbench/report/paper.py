@@ -12,19 +12,27 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.table import Table
 
+from sinkbench import recipe
 from sinkbench.errors import DataError
-from sinkbench.recipe_files import RESULTS, shipped_root
+from sinkbench.recipe_files import RESULTS, list_recipes, shipped_root
+from sinkbench.recipe_layers import flatten
 from sinkbench.report.columns import Column
-from sinkbench.report.runs import Run
+from sinkbench.report.runs import VALIDATION, Run
 from sinkbench.report.table import table
 
 Number: TypeAlias = float | tuple[float, float]
 """A number, or the ends of a range."""
 
-LOSS = "loss"
+Key: TypeAlias = tuple[str, str]
+"""Name and label of a run; "" without label."""
+
+LOSS, PILE_CC = "loss", "loss/pile_cc"
 FIRST_SINK = "sink_1_raw"
 SAME_SINK, SAME_LOSS = 1.0, 0.01
 """Differences to the default run up to which a sink rate, in percent, or a loss is called the same."""
+
+ROUNDED = 0.01
+"""By so much a budget's rounding may change the proportion of two runs."""
 
 _CLOSE = {LOSS: SAME_LOSS}
 
@@ -75,12 +83,17 @@ def read_results() -> dict[str, Group]:
 
 def paper_table(runs: Sequence[Run], results: dict[str, Group], room: int | None = None) -> Table:
     """Every result of the paper, with our number where a run was given, and whether both differ from the
-    default run in the same direction.
+    default run in the same direction. Runs of other budgets are not compared.
 
     Args:
         room: width that is available.
+
+    Raises:
+        DataError: two runs have the same name and label.
     """
-    ours = {(run.recipe["name"], run.recipe.get("label") or ""): _measured(run) for run in runs}
+    made = _by_key(runs)
+    ours = {key: _measured(run) for key, run in made.items()}
+    planned = _planned() if runs else {}
     unreported = {name: Group(factor=name, runs={}) for name, _ in ours if name not in results}
     rows: list[dict[str, Any]] = []
     for name, group in (results | unreported).items():
@@ -90,17 +103,89 @@ def paper_table(runs: Sequence[Run], results: dict[str, Group], room: int | None
         for label in labels:
             numbers = Numbers(group.runs.get(label, {}), ours.get((name, label), {}))
             diverged = label in group.runs and not group.runs[label]
-            rows += _rows(group.factor, label, numbers, None if (name, label) == base_key else base, diverged)
+            key = name, label
+            others: list[str] = []
+            if key in made and base_key in made:
+                plans = planned.get(key, planned[base_key]), planned[base_key]
+                others = _others(_budget_of(made[key]), _budget_of(made[base_key]), *plans)
+            of_run = _rows(
+                group.factor, label, numbers, None if key == base_key or others else base, diverged
+            )
+            if others:
+                of_run[0]["direction"] = f"not compared: other {', '.join(others)}"
+            if key in made and not made[key].complete:
+                of_run[0]["run"] = f"{label} step {made[key].row()['step']}".strip()
+            rows += of_run
     return table(COLUMNS, rows, room=room)
 
 
+def _by_key(runs: Sequence[Run]) -> dict[Key, Run]:
+    made: dict[Key, Run] = {}
+    for run in runs:
+        key = run.recipe["name"], run.recipe.get("label") or ""
+        if key in made:
+            where = f"{made[key].path} and {run.path}"
+            raise DataError(where, f"are both {'/'.join(filter(None, key))}", "give one of them")
+        made[key] = run
+    return made
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What runs must have in common to be compared.
+
+    Attributes:
+        fixed: what is the same in both runs, unless their recipes vary it, by its name in a table.
+        sequences: number that is trained on; of two runs in the proportion of their recipes.
+    """
+
+    fixed: Mapping[str, Any]
+    sequences: int
+
+
+def _budget(values: Mapping[str, Any], steps: int) -> Budget:
+    flat = dict(flatten(dict(values)))
+    fixed = {
+        "layers": flat.get("model.num_layers"),
+        "hidden size": flat.get("model.hidden_size"),
+        "length": flat.get("model.seq_length"),
+        "data": [flat.get(f"data.{key}") for key in ("source", "train", "prepare.inputs")],
+    }
+    return Budget(fixed, steps * flat.get("train.global_batch_size", 1))
+
+
+def _budget_of(run: Run) -> Budget:
+    return _budget(run.recipe, run.reached)
+
+
+def _planned() -> dict[Key, Budget]:
+    """The budgets of the shipped recipes."""
+    root = shipped_root()
+    names = [name for name in list_recipes(root) if name.startswith("paper/")] if root else []
+    every = (run for name in names for run in recipe.expand(recipe.load(f"sinkbench:{name}")))
+    return {
+        (run.values["name"], run.values.get("label", "")): _budget(run.values, run.values["train"]["steps"])
+        for run in every
+    }
+
+
+def _others(ours: Budget, base: Budget, planned: Budget, planned_base: Budget) -> list[str]:
+    """In what a run differs from the one that it is compared with, beyond what its recipe varies."""
+    names = [
+        name
+        for name, value in ours.fixed.items()
+        if value != base.fixed[name] and planned.fixed[name] == planned_base.fixed[name]
+    ]
+    ratio = ours.sequences * planned_base.sequences, base.sequences * planned.sequences
+    return names if math.isclose(*ratio, rel_tol=ROUNDED) else [*names, "number of sequences"]
+
+
 def _measured(run: Run) -> dict[str, Number]:
-    """A run's numbers; the loss is that on Pile-CC where it was validated."""
+    """A run's numbers; the loss is that on Pile-CC where a run is validated on it, if it was at this step."""
     row = run.row()
-    loss = row.get("loss/pile_cc", row.get("validation_loss") or row.get(LOSS))
-    return {key: value for key, value in row.items() if isinstance(value, float)} | (
-        {} if loss is None else {LOSS: loss}
-    )
+    validated = run.last(VALIDATION, PILE_CC) is not None
+    loss = row.get(PILE_CC, None if validated else row.get(LOSS))
+    return {key: value for key, value in (row | {LOSS: loss}).items() if isinstance(value, float)}
 
 
 def _rows(

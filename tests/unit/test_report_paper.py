@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
 
 from sinkbench import cli, recipe
+from sinkbench.errors import DataError
 from sinkbench.recipe import Recipe
 from sinkbench.recipe_files import list_recipes, shipped_root
 from sinkbench.report import table
@@ -102,6 +105,66 @@ def test_the_larger_models_are_compared_with_each_other(tmp_path: Path) -> None:
     assert "1B parameters sigmoid sink_1_proxy 2.46 20.00 lower, agrees 3.10 3.200 higher, agrees" in printed(
         runs
     )
+
+
+def change(path: Path, values: dict[str, Any]) -> Path:
+    """Sets values in a run's recipe, as dotted keys."""
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+    for key, value in values.items():
+        section, name = key.split(".")
+        recipe.setdefault(section, {})[name] = value
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("values", "others"),
+    [
+        ({"model.num_layers": 10}, "layers"),
+        ({"model.hidden_size": 768, "model.seq_length": 64}, "hidden size, length"),
+        ({"data.source": "indexed", "data.train": "data/mine"}, "data"),
+        ({"train.global_batch_size": 2}, "number of sequences"),
+    ],
+)
+def test_runs_of_other_budgets_are_not_compared(tmp_path: Path, values: dict[str, Any], others: str) -> None:
+    runs = [
+        run_of(tmp_path, "default", None, 30.0, 4.0),
+        change(run_of(tmp_path, "weight_decay", "weight_decay=0.5", 50.0, 4.2), values),
+    ]
+    row = f"weight_decay=0.5 sink_1_raw 41.08 50.00 not compared: other {others} 3.80 4.200"
+    assert f"weight decay {row}" in printed(runs)
+
+
+def test_runs_are_compared_in_the_budgets_that_their_recipes_vary(tmp_path: Path) -> None:
+    size = "train.global_batch_size"
+    runs = [
+        change(run_of(tmp_path, "default", None, 30.0, 4.0), {size: 16}),
+        change(run_of(tmp_path, "batch_size", "0.5M", 50.0, 4.2), {size: 8}),
+        change(run_of(tmp_path, "batch_size", "2M", 50.0, 4.2), {size: 16}),
+    ]
+    lines = printed(runs)
+    assert any(" 0.5M " in line and " 50.00 higher" in line for line in lines)
+    assert any(" 2M " in line and " 50.00 not compared: other number of" in line for line in lines)
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    """And has no other loss than that on Pile-CC."""
+    run = run_of(tmp_path, "weight_decay", "weight_decay=2", 33.0, 3.9)
+    (run / "summary.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().replace("loss/web", "loss/pile_cc").splitlines(keepends=True)
+    for reached in (100, 120):
+        kept = [line for line in lines if json.loads(line)["step"] <= reached]
+        (run / "metrics.jsonl").write_text("".join(kept))
+        loss = f" {json.loads(kept[-1])['loss/pile_cc']:.3f}" if reached == 100 else ""
+        row = f"weight decay weight_decay=2 step {reached} of 200 sink_1_raw 6.13 4.23{loss}"
+        assert row in printed([run])
+
+
+def test_two_runs_of_one_name_and_label_are_an_error(tmp_path: Path) -> None:
+    runs = [run_of(tmp_path / folder, "weight_decay", "weight_decay=2", 33.0, 3.9) for folder in "ab"]
+    message = f"{runs[0]} and {runs[1]}: are both weight_decay/weight_decay=2; give one of them"
+    with pytest.raises(DataError, match=re.escape(message)):
+        printed(runs)
 
 
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
