@@ -127,7 +127,7 @@ class RunFolder:
 
     def _refuse_default(self, key: str, before: Any, now: Any) -> None:
         allowed = any(is_within(key, prefix) for prefix in self.config.checkpoint.allow_change)
-        if before != now and not allowed:
+        if _finite(before) != _finite(now) and not allowed:
             raise RecipeError(
                 key,
                 f"its default was {show(before)} when the run in {self.path} began, and is {show(now)}",

@@ -310,6 +310,15 @@ def test_other_data_under_the_same_path_are_refused(make: Make) -> None:
     folder.close()
 
 
+def test_a_default_that_is_not_finite_is_the_same_when_a_run_goes_on(make: Make) -> None:
+    folder = RunFolder(make())
+    folder.begin(0, of_plugin(limit=math.inf))
+    folder.refuse_other_defaults(of_plugin(limit=math.inf))
+    with pytest.raises(RecipeError, match="its default was"):
+        folder.refuse_other_defaults(of_plugin(limit=1.0))
+    folder.close()
+
+
 @pytest.mark.parametrize("key", ["train", "train.global_batch_size", "model", "model.seq_length"])
 def test_what_the_data_position_counts_in_may_not_change(make: Make, key: str) -> None:
     begun(make()).close()
