@@ -181,7 +181,7 @@ def _others(ours: Budget, base: Budget, planned: Budget, planned_base: Budget) -
 
 
 def _measured(run: Run) -> dict[str, Number]:
-    """A run's numbers; the loss is that on Pile-CC where a run is validated on it, if it was at this step."""
+    """A run's numbers; the loss is that on Pile-CC alone where a run is validated on it."""
     row = run.row()
     validated = run.last(VALIDATION, PILE_CC) is not None
     loss = row.get(PILE_CC, None if validated else row.get(LOSS))

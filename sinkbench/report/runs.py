@@ -107,10 +107,10 @@ class Run:
         return array
 
     def row(self) -> dict[str, Any]:
-        """The run as a row of a table: numbers of validation and probe at the step that it has reached, then
-        those of the summary but for its speeds, which are of the last steps alone. A run without summary has
-        the loss that it would hold: the held-out one where there is one."""
-        validated, probed = self._at(VALIDATION, self.reached), self._at(PROBE, self.reached)
+        """The run as a row of a table: numbers of validation and probe, of its last step or, as long as it is
+        under way, the newest; then those of the summary but for its speeds, which are of the last steps
+        alone. A run without summary has the loss that it would hold: the held-out one where there is one."""
+        validated, probed = self._newest(VALIDATION), self._newest(PROBE)
         row: dict[str, Any] = {
             "loss": validated.get("loss", self.last(TRAIN, "loss")),
             "validation_loss": validated.get("loss"),
@@ -131,10 +131,10 @@ class Run:
     def complete(self) -> bool:
         return self.reached == self.steps
 
-    def _at(self, event: str, step: int) -> Line:
-        """The line of a step; empty if there is none."""
+    def _newest(self, event: str) -> Line:
+        """The last line; empty if there is none, or if the run has ended after it."""
         lines = self.lines.get(event, ())
-        return lines[-1] if lines and lines[-1]["step"] == step else {}
+        return lines[-1] if lines and (not self.complete or lines[-1]["step"] == self.reached) else {}
 
 
 def find_runs(paths: Iterable[Path]) -> tuple[list[Path], list[Path]]:
