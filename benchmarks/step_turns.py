@@ -27,10 +27,9 @@ import torch.distributed as dist
 
 from benchmarks import step_subjects, step_variants
 from benchmarks.step_subjects import TINY, Subject
+from benchmarks.train_step import MICRO_BATCH
 from sinkbench.megatron import parallel
 
-MICRO_BATCH = {"60m": 32, "1b": 8}
-"""Sequences of 2,048 tokens, of a model by itself."""
 WARM_UP = 6
 """Steps of each way before the first turn, the capture of CUDA graphs among them."""
 LEFT_OUT = {

@@ -120,9 +120,9 @@ def _check_start(folder: Path) -> None:
 
 
 def _check_megatron(config: Config) -> None:
-    keys = {path.rpartition(".")[2]: path for path in all_keys(Config)}
     for name in sorted(config.model.megatron.keys() - MEGATRON_FIELDS):
         where = f"model.megatron.{name}"
+        keys = {path.rpartition(".")[2]: path for path in all_keys(Config)}
         if name in keys:
             raise RecipeError(where, "a section of the recipe owns this field", f"set {keys[name]} instead")
         problem = "megatron-core has no such field, or it has no effect in sinkbench's models"

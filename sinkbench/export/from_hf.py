@@ -223,7 +223,7 @@ def _table(pieces: list[Piece]) -> Piece:
 
 def _check_table(files: ModelFiles, name: str, hidden_size: int, vocab_size: int, rows: int) -> None:
     """A table that may be padded, as ours are, up to ``rows``."""
-    shape = tuple(files.read(name).shape)
+    shape = files.shape(name)
     if len(shape) != 2 or shape[1] != hidden_size or not vocab_size <= shape[0] <= rows:
         problem = f"has {name} of shape {shape}, where config.json tells {(vocab_size, hidden_size)}"
         raise CheckpointError(str(files.folder), problem, "copy the model again")

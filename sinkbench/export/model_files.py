@@ -37,6 +37,11 @@ class ModelFiles:
         tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """That of a tensor, which is not read."""
+        handle = self._open(self._files[name])
+        return tuple(handle[name].shape if isinstance(handle, dict) else handle.get_slice(name).get_shape())
+
     def _paths(self) -> list[Path]:
         for single in ("model.safetensors", "pytorch_model.bin"):
             index = f"{single}.index.json"

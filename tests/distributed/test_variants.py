@@ -151,26 +151,26 @@ def test_layouts_train_the_same_model(trained: Trained, name: str, layout: str, 
     assert expected["losses"][0] != expected["losses"][-1]
 
 
-@pytest.mark.parametrize("layout", ["{context: 2}", "{tensor: 2, sequence: true}"])
-def test_a_sink_token_says_what_cannot_split_it(layout: str) -> None:
+def refusal(*overrides: str) -> str:
+    """What is said of parts that do not go together."""
     from sinkbench.model import declare
 
-    config, resolved = prepare((*TINY, VARIANTS["sink token"], f"parallel={layout}"))
+    config, resolved = prepare((*TINY, *overrides))
     with pytest.raises(RecipeError) as caught:
         declare(config, resolved, 65)
-    assert str(caught.value) == (
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("layout", ["{context: 2}", "{tensor: 2, sequence: true}"])
+def test_a_sink_token_says_what_cannot_split_it(layout: str) -> None:
+    assert refusal(VARIANTS["sink token"], f"parallel={layout}") == (
         "model.attention: a sink token makes the sequence one longer, which sequence and context parallelism "
         "cannot split; set parallel.sequence: false and parallel.context: 1"
     )
 
 
 def test_summed_heads_have_no_bias_of_their_projection() -> None:
-    from sinkbench.model import declare
-
-    config, resolved = prepare((*TINY, VARIANTS["summed heads"], "model.linear_bias=all"))
-    with pytest.raises(RecipeError) as caught:
-        declare(config, resolved, 65)
-    assert str(caught.value) == (
+    assert refusal(VARIANTS["summed heads"], "model.linear_bias=all") == (
         "model.linear_bias: all: the projection of summed heads (combine: sum) has no bias; set it to qkv or "
         "none, or heads to combine: concat"
     )
@@ -178,12 +178,7 @@ def test_summed_heads_have_no_bias_of_their_projection() -> None:
 
 @pytest.mark.parametrize("position", ["alibi", "t5"])
 def test_a_bias_may_not_make_positive_sums_zero(position: str) -> None:
-    from sinkbench.model import declare
-
-    config, resolved = prepare((*TINY, VARIANTS["kernel elu"], f"model.positional={position}"))
-    with pytest.raises(RecipeError) as caught:
-        declare(config, resolved, 65)
-    assert str(caught.value) == (
+    assert refusal(VARIANTS["kernel elu"], f"model.positional={position}") == (
         "model.positional: a position bias may make scores negative, and rows of this attention are divided "
         "by their sum, which may then be zero; choose a positional plugin without one, such as rope, or an "
         "attention whose rows are not divided (normalize: false)"

@@ -370,25 +370,19 @@ def test_another_tokenizer_or_other_data_are_told(
         return Result(target=target, inputs=inputs, length=12, count=3, bos=False, metrics={})
 
     monkeypatch.setattr("sinkbench.measure.runs.measure_run", measure_run)
-    data, mine = tmp_path / "data", tmp_path / "runs" / "mine"
-    write_folder(data, [[1] * 300])
+    data, held_out = tmp_path / "data", tmp_path / "held_out"
     recipe = SMALL.replace("source: bigram_backcopy", f"source: indexed, train: {data}")
     assert recipe != SMALL
-    save(CheckpointStore(mine / "checkpoints"), 5, recipe=recipe)
-    assert run(mine)[2] == ""
-    assert "1 of the results taken from" in run(mine)[2]
-    shutil.rmtree(data)
-    write_folder(data, [[2] * 400])
-    assert run(mine)[2] == ""
-    held_out, other = tmp_path / "held_out", tmp_path / "runs" / "other"
-    write_folder(held_out, [[1] * 300])
-    recipe = recipe.replace("source: indexed", f"source: indexed, validation: {{news: {held_out}}}")
-    save(CheckpointStore(other / "checkpoints"), 5, recipe=recipe)
-    assert run(other)[2] == ""
-    assert "1 of the results taken from" in run(other)[2]
-    shutil.rmtree(held_out)
-    write_folder(held_out, [[2] * 400])
-    assert run(other)[2] == ""
+    validated = recipe.replace("source: indexed", f"source: indexed, validation: {{news: {held_out}}}")
+    for changed, text in ((data, recipe), (held_out, validated)):
+        mine = tmp_path / "runs" / changed.name
+        write_folder(changed, [[1] * 300])
+        save(CheckpointStore(mine / "checkpoints"), 5, recipe=text)
+        assert run(mine)[2] == ""
+        assert "1 of the results taken from" in run(mine)[2]
+        shutil.rmtree(changed)
+        write_folder(changed, [[2] * 400])
+        assert run(mine)[2] == ""
 
 
 def test_a_list_skips_what_cannot_be_had(folder: Path, run: Run, tmp_path: Path) -> None:
