@@ -23,7 +23,8 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sinkbench.measure.hf import measure_open_model
-from sinkbench.measure.hf_load import OpenModel, Place, Trust
+from sinkbench.measure.hf_load import OpenModel
+from sinkbench.measure.hf_place import Place, Trust
 from sinkbench.measure.settings import Settings
 
 TARGET = 1.3

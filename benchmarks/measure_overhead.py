@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 
 from sinkbench.measure.hf import measure_open_model
-from sinkbench.measure.hf_load import Trust, find_place, open_model
+from sinkbench.measure.hf_load import open_model
+from sinkbench.measure.hf_place import Trust, find_place
 from sinkbench.measure.inputs import from_python_documentation
 from sinkbench.measure.settings import Settings
 

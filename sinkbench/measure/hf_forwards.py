@@ -15,7 +15,7 @@ from sinkbench.measure.changed_linears import Change, change
 from sinkbench.measure.hf_attention import NOT_WATCHED, is_watched, watching
 from sinkbench.measure.hf_call import Visible, Watch
 from sinkbench.measure.hf_capture import decoder_layers
-from sinkbench.measure.hf_load import first_line
+from sinkbench.measure.hf_place import first_line
 from sinkbench.measure.next_token import first_query, most_sequences, next_token_losses
 
 LINEAR = ("Linear", "Conv1D", "FalconLinear")

@@ -6,7 +6,6 @@ import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -18,13 +17,11 @@ from sinkbench.data.prepare import cached_folder
 from sinkbench.errors import DataError, HostError, SinkbenchError
 from sinkbench.measure import finished
 from sinkbench.measure.finished import Finished
+from sinkbench.measure.hf_place import Place, Trust, find_place, refuse_absent, require_packages
 from sinkbench.measure.inputs import Inputs
 from sinkbench.measure.results import Result
 from sinkbench.measure.settings import Settings, metric_reference
 from sinkbench.plugins import Chosen
-
-if TYPE_CHECKING:
-    from sinkbench.measure.hf_load import Place, Trust
 
 TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model")
 """Files of a model's folder that its tokenizer may be read from."""
@@ -55,8 +52,6 @@ def checkpoint_steps(target: str) -> list[int]:
     Raises:
         DataError: the target is not a run with checkpoints.
     """
-    from sinkbench.measure.hf_load import refuse_absent
-
     refuse_absent(target)
     steps = CheckpointStore(Path(target).expanduser() / "checkpoints").steps()
     if not steps:
@@ -74,8 +69,6 @@ def find_target(target: str, settings: Settings) -> None:
     if not is_run(target):
         _place(target, settings)
         return
-    from sinkbench.measure.hf_load import refuse_absent
-
     refuse_absent(target)
 
 
@@ -153,8 +146,6 @@ def _open(target: str, settings: Settings, kept: Finished, advance: Advance) -> 
 
 
 def _place(target: str, settings: Settings) -> Place:
-    from sinkbench.measure.hf_load import find_place, refuse_absent, require_packages
-
     refuse_absent(target)
     try:
         require_packages("transformers")
@@ -169,8 +160,6 @@ def _place(target: str, settings: Settings) -> Place:
 
 
 def _trust(settings: Settings) -> Trust:
-    from sinkbench.measure.hf_load import Trust
-
     return Trust(pickle=settings.allow_pickle, code=settings.allow_code)
 
 

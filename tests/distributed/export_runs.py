@@ -158,7 +158,8 @@ def rank_exports(
     os.environ |= {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "1"}
     rank_converts(rank, world_size, names, root, how)
     from sinkbench.measure.hf import measure_open_model
-    from sinkbench.measure.hf_load import Trust, find_place, open_model
+    from sinkbench.measure.hf_load import open_model
+    from sinkbench.measure.hf_place import Trust, find_place
     from sinkbench.measure.inputs import random_tokens
     from sinkbench.measure.settings import Settings
 

@@ -111,7 +111,8 @@ def rank_forwards_with_prefix(
     """Losses of the run and of its export, and the first queries that count."""
     from sinkbench.export import to_hf
     from sinkbench.measure.hf_forwards import OpenForwards
-    from sinkbench.measure.hf_load import Trust, find_place, open_model
+    from sinkbench.measure.hf_load import open_model
+    from sinkbench.measure.hf_place import Trust, find_place
 
     to_hf.convert(checkpoint, export)
     trust = Trust(code=True)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from sinkbench.measure.hf_load import OpenModel, Place, Trust
+from sinkbench.measure.hf_load import OpenModel
+from sinkbench.measure.hf_place import Place, Trust
 
 VOCABULARY, LAYERS, HEADS, WINDOW = 61, 2, 4, 5
 

@@ -742,7 +742,7 @@ def test_what_is_meant_as_a_folder_is_not_asked_of_the_hub(
     def fetch(name: str, trust: Any) -> Path:
         raise AssertionError(f"{name} was asked of the hub")
 
-    monkeypatch.setattr("sinkbench.measure.hf_load._fetch", fetch)
+    monkeypatch.setattr("sinkbench.measure.hf_place._fetch", fetch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "small" / "checkpoints" / "step_90").mkdir(parents=True)
     (tmp_path / "empty").mkdir()
@@ -764,7 +764,7 @@ def test_what_may_be_on_the_hub_is_asked_of_it(
         asked.add(name)
         return folder
 
-    monkeypatch.setattr("sinkbench.measure.hf_load._fetch", fetch)
+    monkeypatch.setattr("sinkbench.measure.hf_place._fetch", fetch)
     monkeypatch.chdir(tmp_path)
     write_config(tmp_path / "models" / "mine")
     assert run(target, "--inputs", "random")[0] == 0
@@ -792,7 +792,7 @@ def test_a_target_that_is_absent_is_told_before_others_are_measured(
 
 
 def test_a_missing_package_is_one_line(folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sinkbench.measure.hf_load.find_spec", lambda name: None)
+    monkeypatch.setattr("sinkbench.measure.hf_place.find_spec", lambda name: None)
     code, _, err = run(folder)
     assert code == 2
     assert err == (
@@ -802,7 +802,7 @@ def test_a_missing_package_is_one_line(folder: Path, run: Run, monkeypatch: pyte
 
 
 def test_only_the_weights_that_are_read_count(tmp_path: Path) -> None:
-    from sinkbench.measure.hf_load import Place
+    from sinkbench.measure.hf_place import Place
 
     def weights() -> list[str]:
         return [path.name for path in Place(target="x", folder=tmp_path).weights]
@@ -828,7 +828,7 @@ def test_only_the_weights_that_are_read_count(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": {"a": 1, "b": "c"}}', '{"weight_map": []}'])
 def test_a_damaged_index_leaves_all_weights(tmp_path: Path, index: str) -> None:
-    from sinkbench.measure.hf_load import Place
+    from sinkbench.measure.hf_place import Place
 
     (tmp_path / "model.safetensors.index.json").write_text(index)
     (tmp_path / "model-1.safetensors").touch()
@@ -853,7 +853,7 @@ def test_pickled_parts_of_a_safe_index_are_refused(folder: Path, run: Run, tmp_p
 def test_what_is_not_read_is_not_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
-    from sinkbench.measure.hf_load import Trust, find_place
+    from sinkbench.measure.hf_place import Trust, find_place
 
     asked: dict[str, Any] = {}
 

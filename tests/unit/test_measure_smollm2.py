@@ -14,7 +14,8 @@ pytest.importorskip("gguf")
 
 from sinkbench.measure.hf import measure_open_model
 from sinkbench.measure.hf_capture import LayerWatcher
-from sinkbench.measure.hf_load import OpenModel, Trust, find_place, open_model
+from sinkbench.measure.hf_load import OpenModel, open_model
+from sinkbench.measure.hf_place import Trust, find_place
 from sinkbench.measure.inputs import from_python_documentation
 from sinkbench.measure.settings import Settings
 
